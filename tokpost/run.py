@@ -290,74 +290,68 @@ class Loop:
 # %% ../nbs/00_run.ipynb #2d4303ad
 PRESETS = {}
 
-# %% ../nbs/00_run.ipynb #f141465e
+# %% ../nbs/00_run.ipynb #bcb6986e
 PRESETS['smoke'] = dict(
     data='digits', image_size=16, precision='fp32',
     tokenizer=dict(architecture='cnn', codebook_size=64, code_dim=8, width=16, multipliers=(1, 2, 2),
                    blocks=1, attention=True),
-    main_training=dict(steps=24, batch_size=16, lr=1e-3, warmup=4, perceptual='classifier',
-                       adversarial='patch', discriminator_start=.5, discriminator_width=16,
+    losses=dict(perceptual='classifier', adversary='patch', width=16),
+    main_training=dict(steps=24, batch_size=16, lr=1e-3, warmup=4, discriminator_start=.5,
                        ema_horizon=.2),
     perturbation=dict(alpha=1., beta=.2, delta=4),
     generator=dict(width=32, depth=2, heads=2),
     generator_training=dict(steps=24, batch_size=32, lr=1e-3, warmup=4),
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
     pairs=dict(count=64, batch_size=64),
-    post_training=dict(steps=12, batch_size=16, lr=5e-4, warmup=2, perceptual='classifier',
-                       adversarial='patch', discriminator_width=16, ema_horizon=.2),
+    post_training=dict(steps=12, batch_size=16, lr=5e-4, warmup=2, ema_horizon=.2),
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_epochs=2),
     sigmas=(1., .8))
 
-# %% ../nbs/00_run.ipynb #8be42a2a
+# %% ../nbs/00_run.ipynb #a3bcddcd
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=32,
                    multipliers=(1, 2), blocks=1, attention=True),
-    main_training=dict(steps=600, batch_size=64, lr=2e-3, warmup=30, perceptual='classifier',
-                       adversarial='patch', discriminator_start=.5, discriminator_width=32,
-                       ema_horizon=.1),
+    losses=dict(perceptual='classifier', adversary='patch', width=32),
+    main_training=dict(steps=600, batch_size=64, lr=2e-3, warmup=30, discriminator_start=.5),
     perturbation=dict(alpha=1., beta=.1, delta=12),
     generator=dict(width=128, depth=4, heads=4, dropout=.1),
     generator_training=dict(steps=1000, batch_size=64, lr=1e-3, warmup=50),
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
     pairs=dict(count=1280, batch_size=320),
-    post_training=dict(steps=100, batch_size=64, lr=5e-4, warmup=5, perceptual='classifier',
-                       adversarial='patch', discriminator_width=32, ema_horizon=.2),
+    post_training=dict(steps=100, batch_size=64, lr=5e-4, warmup=5, ema_horizon=.2),
     evaluation=dict(features='classifier', samples=1000, batch_size=250, classifier_epochs=20),
     sigmas=(1., .9, .7))
 
-# %% ../nbs/00_run.ipynb #b669b1dd
+# %% ../nbs/00_run.ipynb #d97af5f3
 PRESETS['small'] = dict(
     data='tiny-imagenet', image_size=64, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=4096, code_dim=32, width=96,
                    multipliers=(1, 2, 4), blocks=2, attention=True),
-    main_training=dict(steps=20_000, batch_size=128, lr=4e-4, warmup=500, perceptual='lpips',
-                       adversarial='patch', discriminator_start=.28, discriminator_width=64,
-                       ema_horizon=.1, augment=True),
+    losses=dict(perceptual='lpips', adversary='patch', width=64),
+    main_training=dict(steps=20_000, batch_size=128, lr=4e-4, warmup=500, augment=True),
     perturbation=dict(alpha=1., beta=.1, delta=100),
     generator=dict(width=512, depth=12, heads=8, dropout=.1),
     generator_training=dict(steps=30_000, batch_size=256, lr=4e-4, warmup=1500),
     sampling=dict(guidance_scale=3., guidance_power=1., temperature=1.),
     pairs=dict(count=20_000, batch_size=500),
-    post_training=dict(steps=4_000, batch_size=128, lr=2e-4, warmup=100, perceptual='lpips',
-                       adversarial='patch', discriminator_width=64, ema_horizon=.1),
+    post_training=dict(steps=4_000, batch_size=128, lr=2e-4, warmup=100),
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
     sigmas=(1., .9, .8, .7))
 
-# %% ../nbs/00_run.ipynb #b5b2814e
+# %% ../nbs/00_run.ipynb #4f4dc0ed
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
+    losses=dict(perceptual='lpips', adversary='dino', semantic=True),
     main_training=dict(steps=250_000, batch_size=1024, lr=2.4e-4, warmup=1250, final_lr=.21,
-                       perceptual='lpips', adversarial='dino', discriminator_lr=8e-4,
-                       discriminator_start=.28, semantic_weight=.1, ema_horizon=.1, augment=True),
+                       discriminator_lr=8e-4, discriminator_start=.28, augment=True),
     perturbation=dict(alpha=1., beta=.1, delta=100),
     generator=dict(width=768, depth=24, heads=16, dropout=.1),
     generator_training=dict(steps=250_000, batch_size=2048, lr=4e-4, warmup=62_500, final_lr=.025),
     sampling=dict(guidance_scale=6., guidance_power=1.15, temperature=1.02),
     pairs=dict(count=200_000, batch_size=256),
-    post_training=dict(steps=7_800, batch_size=1024, lr=1.2e-4, warmup=195, perceptual='lpips',
-                       adversarial='dino', discriminator_lr=4e-4, ema_horizon=.1),
+    post_training=dict(steps=7_800, batch_size=1024, lr=1.2e-4, warmup=195, discriminator_lr=4e-4),
     evaluation=dict(features='inception', samples=50_000, batch_size=250),
     sigmas=(1., .9, .8, .7))
 

@@ -144,10 +144,11 @@ def init_weights(
     if isinstance(module, (Block, Head)) and isinstance(module.modulation, nn.Linear):
         nn.init.zeros_(module.modulation.weight)
 
-# %% ../nbs/04_autoregressive.ipynb #652e7850
+# %% ../nbs/04_autoregressive.ipynb #84920bbf
 class Inputs(nn.Module):
     "What the transformer reads: tokens, classes and places, and the condition of the modulation."
-    def __init__(self, codebook_size, num_tokens, num_classes, width, adaln, target_aware, official_tables):
+    def __init__(self, codebook_size, num_tokens, num_classes, width, adaln, target_aware,
+                 official_tables):
         super().__init__()
         self.codebook_size, self.num_tokens = codebook_size, num_tokens
         places = num_tokens + (1024 if official_tables else 2)
@@ -168,14 +169,15 @@ class Inputs(nn.Module):
 
     def places(self, orders=None): # (B, N) long or None -> (B or 1, N+1, W), for all but the last token
         if orders is None: orders = torch.arange(self.num_tokens, device=self.position.device)[None]
-        own = torch.cat([torch.arange(2, device=orders.device).expand(len(orders), 2), orders[:, :-1]+2], 1)
-        if self.target is None: return self.position[own]
-        return self.position[own] + F.pad(self.target[orders+2], (0, 0, 1, 0))
+        prefix = torch.arange(2, device=orders.device).expand(len(orders), 2)
+        own = torch.cat([prefix, orders[:, :-1]+2], 1)
+        if self.target is None: return F.embedding(own, self.position)
+        return F.embedding(own, self.position) + F.pad(F.embedding(orders+2, self.target), (0, 0, 1, 0))
 
     def condition(self, labels, start, stop): # (B,) long and a range of positions -> (B, stop-start, W)
         return None if self.step is None else F.silu(self.classes(labels) + self.step[start:stop])
 
-# %% ../nbs/04_autoregressive.ipynb #954e50a4
+# %% ../nbs/04_autoregressive.ipynb #90ac8113
 class RAR(nn.Module):
     "Randomized autoregressive transformer (RAR, Yu et al. 2024)."
     def __init__(self,
@@ -201,7 +203,8 @@ class RAR(nn.Module):
         adaln = conditioning == 'adaln'
         self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
         self.class_dropout = class_dropout
-        self.inputs = Inputs(codebook_size, num_tokens, num_classes, width, adaln, target_aware, official_tables)
+        self.inputs = Inputs(codebook_size, num_tokens, num_classes, width, adaln, target_aware,
+                             official_tables)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, dropout, attention_dropout,
                                           qk_norm, adaln) for _ in range(depth))
         self.head = Head(width, codebook_size, adaln)
@@ -214,10 +217,21 @@ class RAR(nn.Module):
     )->Tensor:                   # (B, n+1, K) float32, [:, t] follows the first t tokens
         "Logits of the token after each part of `prefix`."
         n = prefix.shape[1] + 2
-        x, c = self.inputs(prefix, labels), self.inputs.condition(labels, 0, n)
-        x = x + self.inputs.places(orders)[:, :n]
-        for block in self.blocks: x = block(x, block.modulation(c))
-        return self.head(x, self.head.modulation(c))[:, 1:]
+        x = self.inputs(prefix, labels) + self.inputs.places(orders)[:, :n]
+        modulation = self.modulator(labels, n)
+        for block in self.blocks: x = block(x, modulation(block))
+        return self.head(x, modulation(self.head))[:, 1:]
+
+    def modulator(self,
+        labels:Tensor, # (B,) long in 0..num_classes
+        n:int,         # positions
+    )->Callable:       # block or head -> its modulation (B, n, 6W or 2W), None without adaLN
+        "Modulations of a batch, computed once per class where classes are few."
+        everyone = torch.arange(self.num_classes+1, device=labels.device)
+        few = self.inputs.step is not None and len(labels) >= 2*len(everyone)
+        c = self.inputs.condition(everyone if few else labels, 0, n)
+        if not few: return lambda part: part.modulation(c)
+        return lambda part: F.embedding(labels, part.modulation(c).flatten(1)).unflatten(1, (n, -1))
 
     def forward(self,
         indices:Tensor,          # (B, N) long, an image's tokens in raster order

@@ -108,7 +108,7 @@ class _LatentTransformer(nn.Module):
         x = torch.cat([first+self.levels[0], second+self.levels[1]], 1)
         return self.vit.norm(self.vit.blocks(self.vit.norm_pre(x)))
 
-# %% ../nbs/03_tokenizer.ipynb #14a8a141
+# %% ../nbs/03_tokenizer.ipynb #54162543
 class ViTEncoder(_LatentTransformer):
     "Encoder with learnable latent queries (RobusTok, sec. 3 and Fig. 2)."
     def __init__(self,
@@ -121,7 +121,7 @@ class ViTEncoder(_LatentTransformer):
     ):
         super().__init__(model, image_size, patch_size, drop_path, pretrained)
         self.vit.mask_token = None
-        self.queries = nn.Parameter(1e-3*torch.randn(1, self.side**2, self.width))
+        self.queries = nn.Parameter(1e-6*torch.randn(1, self.side**2, self.width))
         self.project = nn.Linear(self.width, code_dim)
 
     def forward(self, images):  # (B, 3, H, W) -> (B, code_dim, side, side)

@@ -6,17 +6,17 @@
 __all__ = ['random_orders', 'randomness', 'KVCache', 'CausalAttention', 'modulate', 'Block', 'Head', 'init_weights', 'Inputs',
            'RAR', 'drop_classes', 'token_loss', 'decay_groups', 'Tokens', 'check_tokens', 'train_generator',
            'guidance_weights', 'filter_logits', 'draw_tokens', 'CachedDecoding', 'preservation_mask', 'write_tokens',
-           'sample_tokens', 'draw_seed', 'check_sampling']
+           'sample_tokens', 'draw_seed', 'check_sampling', 'trained_generator', 'generated_tokens']
 
-# %% ../nbs/04_autoregressive.ipynb #d7117a0f
+# %% ../nbs/04_autoregressive.ipynb #c934731c
 import math
 from functools import partial
 from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import token_batches
-from .run import Loop, Processes, fold, warmup_cosine
+from .data import TokenStore, make_token_store, token_batches
+from .run import Loop, Processes, Run, fold, generator as seeded, warmup_cosine
 
 # %% ../nbs/04_autoregressive.ipynb #65b76346
 def random_orders(
@@ -65,7 +65,7 @@ class KVCache:
         self.memory[1, :, :, start:self.length] = v
         return self.memory[:, :, :, :self.length].unbind()
 
-# %% ../nbs/04_autoregressive.ipynb #62d3528f
+# %% ../nbs/04_autoregressive.ipynb #19aa9482
 class CausalAttention(nn.Module):
     "Self-attention to earlier positions, queries and keys normalised."
     def __init__(self,
@@ -76,7 +76,8 @@ class CausalAttention(nn.Module):
         qk_norm:bool=True,           # LayerNorm on queries and keys, per head
     ):
         super().__init__()
-        if width % heads: raise ValueError(f"width must be a multiple of heads={heads}, got {width}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads={heads}, got {width}")
         norm = partial(nn.LayerNorm, width//heads, eps=1e-6) if qk_norm else nn.Identity
         self.heads, self.attention_dropout = heads, attention_dropout
         self.qkv, self.q_norm, self.k_norm = nn.Linear(width, 3*width), norm(), norm()
@@ -91,7 +92,7 @@ class CausalAttention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.)
         return self.dropout(self.projection(x.transpose(1, 2).reshape(B, n, W)))
 
-# %% ../nbs/04_autoregressive.ipynb #f26c97d9
+# %% ../nbs/04_autoregressive.ipynb #9ce5c062
 def modulate(
     x:Tensor,     # (B, n, W) normalised
     shift:Tensor, # (B, n, W)
@@ -102,7 +103,15 @@ def modulate(
 
 class Block(nn.Module):
     "A pre-norm transformer block, adaLN-Zero with `modulation` and plain without."
-    def __init__(self, width, heads, mlp_ratio, dropout, attention_dropout, qk_norm, adaln):
+    def __init__(self,
+        width:int,               # channels
+        heads:int,               # attention heads
+        mlp_ratio:float,         # hidden channels of the MLP per channel
+        dropout:float,           # in [0, 1), after attention and in the MLP
+        attention_dropout:float, # in [0, 1), on attention weights
+        qk_norm:bool,            # LayerNorm on queries and keys
+        adaln:bool,              # with a layer that computes the modulation
+    ):
         super().__init__()
         hidden = int(mlp_ratio*width)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
@@ -121,7 +130,11 @@ class Block(nn.Module):
 
 class Head(nn.Module):
     "From the last block to logits."
-    def __init__(self, width, codebook_size, adaln):
+    def __init__(self,
+        width:int,         # channels
+        codebook_size:int, # K
+        adaln:bool,        # with a layer that computes the modulation
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not adaln)
         self.modulation = nn.Linear(width, 2*width) if adaln else nn.Identity()
@@ -134,9 +147,9 @@ class Head(nn.Module):
             x = modulate(x, shift, scale)
         return self.linear(x).float()
 
-# %% ../nbs/04_autoregressive.ipynb #cc435152
+# %% ../nbs/04_autoregressive.ipynb #1da7e0c0
 def init_weights(
-    module:nn.Module, # any part of the model; others than linear layers and embeddings stay as they are
+    module:nn.Module, # any part of the model
 ):
     "Truncated normal weights, zero biases, zero modulations (RAR, modeling/rar.py)."
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.trunc_normal_(module.weight, std=.02)
@@ -144,11 +157,18 @@ def init_weights(
     if isinstance(module, (Block, Head)) and isinstance(module.modulation, nn.Linear):
         nn.init.zeros_(module.modulation.weight)
 
-# %% ../nbs/04_autoregressive.ipynb #84920bbf
+# %% ../nbs/04_autoregressive.ipynb #72d31a06
 class Inputs(nn.Module):
     "What the transformer reads: tokens, classes and places, and the condition of the modulation."
-    def __init__(self, codebook_size, num_tokens, num_classes, width, adaln, target_aware,
-                 official_tables):
+    def __init__(self,
+        codebook_size:int,    # K
+        num_tokens:int,       # N
+        num_classes:int,      # without the null class
+        width:int,            # channels
+        adaln:bool,           # with a table of steps
+        target_aware:bool,    # with a table of targets
+        official_tables:bool, # tables as long as the released ones
+    ):
         super().__init__()
         self.codebook_size, self.num_tokens = codebook_size, num_tokens
         places = num_tokens + (1024 if official_tables else 2)
@@ -167,7 +187,7 @@ class Inputs(nn.Module):
     def classes(self, labels): # (B,) long, null class included -> (B, 1, W)
         return self.embedding(labels + self.codebook_size + 1)[:, None]
 
-    def places(self, orders=None): # (B, N) long or None -> (B or 1, N+1, W), for all but the last token
+    def places(self, orders=None): # (B, N) long or None -> (B or 1, N+1, W), without the last token
         if orders is None: orders = torch.arange(self.num_tokens, device=self.position.device)[None]
         prefix = torch.arange(2, device=orders.device).expand(len(orders), 2)
         own = torch.cat([prefix, orders[:, :-1]+2], 1)
@@ -177,7 +197,7 @@ class Inputs(nn.Module):
     def condition(self, labels, start, stop): # (B,) long and a range of positions -> (B, stop-start, W)
         return None if self.step is None else F.silu(self.classes(labels) + self.step[start:stop])
 
-# %% ../nbs/04_autoregressive.ipynb #90ac8113
+# %% ../nbs/04_autoregressive.ipynb #ff4eda75
 class RAR(nn.Module):
     "Randomized autoregressive transformer (RAR, Yu et al. 2024)."
     def __init__(self,
@@ -194,15 +214,15 @@ class RAR(nn.Module):
         conditioning:str='adaln',# 'adaln' | 'none': the class is only read as a token
         qk_norm:bool=True,       # LayerNorm on queries and keys
         target_aware:bool=True,  # tell each position which place it predicts
-        official_tables:bool=False, # tables of places as long as the released ones; no effect else
+        official_tables:bool=False, # tables of places as long as the released ones, partly unread
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         if conditioning not in ('adaln', 'none'):
             raise ValueError(f"conditioning must be 'adaln' or 'none', got {conditioning!r}")
         adaln = conditioning == 'adaln'
-        self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
-        self.class_dropout = class_dropout
+        self.codebook_size, self.num_tokens = codebook_size, num_tokens
+        self.num_classes, self.class_dropout = num_classes, class_dropout
         self.inputs = Inputs(codebook_size, num_tokens, num_classes, width, adaln, target_aware,
                              official_tables)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, dropout, attention_dropout,
@@ -263,19 +283,19 @@ def drop_classes(
     drawn = torch.rand(labels.shape, generator=generator, device=labels.device)
     return labels.masked_fill(drawn < share, num_classes)
 
-# %% ../nbs/04_autoregressive.ipynb #2609e943
+# %% ../nbs/04_autoregressive.ipynb #a016f87c
 def token_loss(
     model:nn.Module,  # called with indices, labels and orders, as `RAR`
     indices:Tensor,   # (B, N) long
     labels:Tensor,    # (B,) long, null class included
     orders:Tensor,    # (B, N) long
-)->tuple:             # scalar cross entropy in nats per token; share of tokens that are the likeliest
+)->tuple:             # scalar cross entropy in nats per token; share of tokens guessed right
     "Cross entropy and accuracy of the next token (RAR, section 3.1)."
     logits, targets = model(indices, labels, orders), indices.gather(1, orders)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.detach().argmax(-1) == targets).float().mean()
 
-# %% ../nbs/04_autoregressive.ipynb #e5de345f
+# %% ../nbs/04_autoregressive.ipynb #7fc25e9b
 def decay_groups(
     model:nn.Module,    # any model
     weight_decay:float, # on weights of linear layers
@@ -284,9 +304,10 @@ def decay_groups(
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     with_decay = [p for p in model.parameters() if id(p) in decayed]
     without = [p for p in model.parameters() if id(p) not in decayed]
-    return [dict(params=with_decay, weight_decay=weight_decay), dict(params=without, weight_decay=0.)]
+    return [dict(params=with_decay, weight_decay=weight_decay),
+            dict(params=without, weight_decay=0.)]
 
-# %% ../nbs/04_autoregressive.ipynb #e803bd1e
+# %% ../nbs/04_autoregressive.ipynb #61031b79
 class Tokens:
     "Tokens of a data set, in memory."
     def __init__(self,
@@ -294,7 +315,7 @@ class Tokens:
         labels:Tensor,  # (rows,) integers
     ):
         if len(indices) != len(labels):
-            raise ValueError(f"labels must be one per row of indices, {len(indices)}, got {len(labels)}")
+            raise ValueError(f"labels must be {len(indices)}, one per row, got {len(labels)}")
         self.indices, self.labels = indices, labels.long()
 
     def __len__(self): return len(self.indices)
@@ -318,7 +339,7 @@ def check_tokens(
     if len(labels) and not 0 <= indices.min() <= indices.max() < K:
         raise ValueError(f"indices must be in [0, {K}), got {indices.min()} to {indices.max()}")
 
-# %% ../nbs/04_autoregressive.ipynb #efc58379
+# %% ../nbs/04_autoregressive.ipynb #4fd6f4cc
 def train_generator(
     model:RAR,             # trained in place
     store,                 # `TokenStore`, or (indices (rows, N), labels (rows,))
@@ -340,12 +361,14 @@ def train_generator(
     "Train a generator on tokens (RAR, section 4.1)."
     here, store = Processes(precision), Tokens(*store) if isinstance(store, tuple) else store
     optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas)
-    config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, weight_decay=weight_decay,
-        clip=clip, warmup=warmup, final_lr=final_lr, randomness=[randomness_start, randomness_stop],
-        tokens=getattr(store, 'made_by', len(store)), precision=here.precision)
-    loop = Loop(folder, steps, dict(model=model, optimizer=optimizer), seed, config, name='generator',
-                schedule=warmup_cosine(steps, warmup, final_lr), **loop)
-    batches = token_batches(store, batch_size, fold(seed, 'tokens'), loop.start, here.rank, here.world)
+    config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, clip=clip, warmup=warmup,
+        weight_decay=weight_decay, final_lr=final_lr, precision=here.precision,
+        randomness=[randomness_start, randomness_stop],
+        tokens=getattr(store, 'made_by', len(store)))
+    loop = Loop(folder, steps, dict(model=model, optimizer=optimizer), seed, config,
+                schedule=warmup_cosine(steps, warmup, final_lr), name='generator', **loop)
+    batches = token_batches(store, batch_size, fold(seed, 'tokens'), loop.start, here.rank,
+                            here.world)
     model.train()
     for step, (indices, labels) in zip(loop, batches):
         check_tokens(model, indices, labels)
@@ -402,7 +425,7 @@ def draw_tokens(
     times = torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-30)
     return (logits - times.log()).argmax(-1)
 
-# %% ../nbs/04_autoregressive.ipynb #28894d1c
+# %% ../nbs/04_autoregressive.ipynb #3d0c60a6
 class CachedDecoding:
     "Next-token logits from one token at a time, in raster order."
     def __init__(self,
@@ -432,7 +455,8 @@ class CachedDecoding:
         else: x = inputs.embedding(tokens)[:, None]
         self.position = stop = start + x.shape[1]
         x, modulations = x + self.places[:, start:stop], self.modulation(start, stop)
-        for block, m, cache in zip(self.model.blocks, modulations, self.caches): x = block(x, m, cache)
+        for block, m, cache in zip(self.model.blocks, modulations, self.caches):
+            x = block(x, m, cache)
         m = modulations[-1]
         return self.model.head(x[:, -1:], None if m is None else m[:, -1:])[:, 0]
 
@@ -470,7 +494,7 @@ def write_tokens(
         tokens[:, t] = choose_fn(t, logits)
     return tokens
 
-# %% ../nbs/04_autoregressive.ipynb #f50c5684
+# %% ../nbs/04_autoregressive.ipynb #a3f48c49
 def sample_tokens(
     model:RAR,                # trained; its mode (training or evaluation) is restored
     labels:Tensor,            # (B,) long in 0..num_classes-1
@@ -511,8 +535,13 @@ def draw_seed(
     return torch.randint(2**62, (), generator=generator, device=device).item()
 
 def check_sampling(
-    model:RAR, labels:Tensor, indices:Tensor|None, # as for `sample_tokens`, like all of these
-    sigma:float, temperature:float, top_k:int, top_p:float,
+    model:RAR,           # has codebook_size, num_tokens and num_classes
+    labels:Tensor,       # must be (B,) in [0, num_classes)
+    indices:Tensor|None, # must be (B, N) in [0, codebook_size), given when sigma > 0
+    sigma:float,         # must be in [0, 1]
+    temperature:float,   # must be above 0
+    top_k:int,           # must be in [0, codebook_size]
+    top_p:float,         # must be in (0, 1]
 ):
     "Refuse what cannot be sampled."
     check_tokens(model, indices, labels)
@@ -523,3 +552,35 @@ def check_sampling(
     if not 0 <= top_k <= model.codebook_size:
         raise ValueError(f"top_k must be in [0, {model.codebook_size}], got {top_k}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+# %% ../nbs/04_autoregressive.ipynb #39c51024
+def trained_generator(
+    run:Run,          # names preset and seed
+    store:TokenStore, # training tokens
+    num_classes:int,  # of the labels
+)->tuple:             # RAR in eval mode, name of the stage
+    "The preset's generator on these tokens; trained now, resumed, or read from disk."
+    size = run.size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(run.seed, 'generator'))
+        model = RAR(store.codebook_size, store.indices.shape[1], num_classes, **size['generator'])
+    folder = run.folder('generator', tokens=store.made_by, **size['generator'], **size['generator_training'])
+    train_generator(model, store, seed=run.seed, folder=folder, precision=run.here.precision,
+                    log_every=max(1, size['generator_training']['steps']//500), **size['generator_training'])
+    return model, folder.name
+
+def generated_tokens(
+    run:Run,        # its preset says how to sample
+    model,          # has `sample`, `num_tokens` and `codebook_size`
+    made_by:str,    # names the generator
+    labels:Tensor,  # (rows,) classes to draw
+)->TokenStore:      # indices (rows, N) and labels
+    "Freely generated tokens, written once by all processes."
+    here, sampling = run.here, run.size['sampling']
+    def make(rows):
+        draws = seeded(run.seed, 'free', int(rows[0]), device=here.device)
+        with here.autocast(): return model.sample(labels[rows].to(here.device), generator=draws, **sampling)
+    about = dict(generator=made_by, rows=len(labels), sampling=sampling, seed=run.seed)
+    return make_token_store(run.folder('samples', **about)/'tokens', make, labels, model.num_tokens,
+                            model.codebook_size, about, batch_size=run.size['evaluation']['batch_size'],
+                            rank=here.rank, world=here.world, wait=here.wait, name='samples')

@@ -6,7 +6,7 @@
 __all__ = ['HUB', 'SPLITS', 'NEVER_FLIPPED', 'square_crop', 'to_images', 'to_pixels', 'find_source', 'Images', 'load_images',
            'draw_rows', 'image_batches', 'eval_batches', 'TokenStore', 'make_token_store', 'token_batches']
 
-# %% ../nbs/00_data.ipynb #8546112b
+# %% ../nbs/00_data.ipynb #28920147
 import hashlib, io, json, os, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Callable, Iterator
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #30b03512
 def square_crop(

@@ -6,13 +6,13 @@
 __all__ = ['METRIC_SEED', 'LOSS_SEED', 'trained_classifier', 'feature_network', 'perceptual_distance', 'merge_over_processes',
            'feature_statistics', 'decode_bytes', 'Evaluation', 'reconstruction_scores']
 
-# %% ../nbs/01_evaluate.ipynb #3d401ce2
+# %% ../nbs/01_evaluate.ipynb #95d2315e
 import os
 from pathlib import Path
 from typing import Callable, Iterable
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import eval_batches, load_images, to_images, to_pixels
 from .metrics import (Classifier, ClassifierFeatures, FeatureNetwork, FrechetStatistics,
     PerceptualDistance, fidelity_metrics, frechet_distance, load_feature_network, load_lpips, psnr,

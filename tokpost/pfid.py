@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PFID_ALPHAS', 'PFID_DELTAS', 'COEFFICIENTS', 'pfid_deltas', 'PFIDResult', 'pfid', 'correlation', 'correlation_gain']
 
-# %% ../nbs/06_pfid.ipynb #39d370e7
+# %% ../nbs/06_pfid.ipynb #64c57677
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import to_images, to_pixels
 from .evaluate import merge_over_processes
 from .metrics import FeatureNetwork, FrechetStatistics, frechet_distance

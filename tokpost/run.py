@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'fold', 'generator', 'fast_bfloat16', 'Processes', 'write_
            'warmup_cosine', 'EMA', 'ema_decay', 'Loop', 'project_root', 'fingerprint', 'environment', 'Run',
            'read_table', 'cached']
 
-# %% ../nbs/00_run.ipynb #3f3136b9
+# %% ../nbs/00_run.ipynb #468565a7
 import copy, hashlib, json, math, os, platform, resource, subprocess, sys, time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_run.ipynb #4f63c59d
 def fold(

@@ -4,7 +4,7 @@ from itertools import permutations
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, scipy.stats, torch, torch.nn as nn, torch.nn.functional as F
 from tokpost.data import to_images, to_pixels
-from tokpost.metrics import FeatureNetwork
+from tokpost.metrics import FeatureNetwork, FrechetStatistics
 from tokpost.pfid import (PFID_ALPHAS, PFIDResult, _image_noise, _noisy_ranks, correlation,
                           correlation_gain, pfid, pfid_deltas)
 from tokpost.perturbation import neighbour_table, replace_tokens
@@ -38,7 +38,7 @@ def images(): return make_images()
 def network(): return make_network()
 
 def run(tokenizer, images, network, batch_size=30, **settings):
-    return pfid(tokenizer, images.split(batch_size), network, progress=False, **settings)
+    return pfid(tokenizer, images.split(batch_size), network, **(dict(rfid=True, progress=False) | settings))
 
 @pytest.mark.parametrize('K, deltas', [(16384, (200, 280, 360)), (8192, (100, 140, 180)), (4096, (50, 70, 90)), (1024, (10, 15, 20)),
                                        (2**18, (3200, 4480, 5760)), (2048, (25, 35, 45)), (512, (6, 9, 11)), (64, (2, 2, 2)), (2, (2, 2, 2))])
@@ -103,7 +103,7 @@ from test_pfid import Tokenizer, make_images, make_network, pfid
 from tokpost.run import Processes
 here = Processes('fp32')
 batches = make_images().split(20)[here.rank::here.world] # ranks hold 50 and 40 images
-result = pfid(Tokenizer(), batches, make_network(), progress=False)
+result = pfid(Tokenizer(), batches, make_network(), rfid=True, progress=False)
 if here.is_main: json.dump([here.world, result.n, result.rfid, [c['fd'] for c in result.cells]], open({str(tmp_path/'out.json')!r}, 'w'))
 """)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(script)]
@@ -160,6 +160,13 @@ def test_equal_settings_are_decoded_once(images, network):
     tokenizer = Tokenizer(40)
     result = run(tokenizer, images, network, rfid=False) # all three strengths are 2
     assert tokenizer.decoded == 3*5 and len(result.cells) == 15
+
+def test_known_reference(images, network):
+    reference = FrechetStatistics(6).update(network(images))
+    a, b = run(Tokenizer(), images, network), run(Tokenizer(), images, network, reference=reference)
+    np.testing.assert_allclose([c['fd'] for c in b.cells], [c['fd'] for c in a.cells], rtol=1e-6)
+    with pytest.raises(ValueError, match='reference must be of the same 90 images, got 60'):
+        run(Tokenizer(), images, network, reference=FrechetStatistics(6).update(network(images[:60])))
 
 def test_rows(images, network):
     rows = run(Tokenizer(), images, network).to_rows()

@@ -147,17 +147,17 @@ class Head(nn.Module):
             x = modulate(x, shift, scale)
         return self.linear(x).float()
 
-# %% ../nbs/04_autoregressive.ipynb #1da7e0c0
+# %% ../nbs/04_autoregressive.ipynb #47f2403a
 def init_weights(
     module:nn.Module, # any part of the model
 ):
-    "Truncated normal weights, zero biases, zero modulations (RAR, modeling/rar.py)."
+    "Normal weights, zero biases, zero modulations (RAR, modeling/rar.py)."
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.trunc_normal_(module.weight, std=.02)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
     if isinstance(module, (Block, Head)) and isinstance(module.modulation, nn.Linear):
         nn.init.zeros_(module.modulation.weight)
 
-# %% ../nbs/04_autoregressive.ipynb #72d31a06
+# %% ../nbs/04_autoregressive.ipynb #333c16de
 class Inputs(nn.Module):
     "What the transformer reads: tokens, classes and places, and the condition of the modulation."
     def __init__(self,
@@ -192,9 +192,10 @@ class Inputs(nn.Module):
         prefix = torch.arange(2, device=orders.device).expand(len(orders), 2)
         own = torch.cat([prefix, orders[:, :-1]+2], 1)
         if self.target is None: return F.embedding(own, self.position)
-        return F.embedding(own, self.position) + F.pad(F.embedding(orders+2, self.target), (0, 0, 1, 0))
+        target = F.embedding(orders+2, self.target)
+        return F.embedding(own, self.position) + F.pad(target, (0, 0, 1, 0))
 
-    def condition(self, labels, start, stop): # (B,) long and a range of positions -> (B, stop-start, W)
+    def condition(self, labels, start, stop): # (B,) long and a range -> (B, stop-start, W)
         return None if self.step is None else F.silu(self.classes(labels) + self.step[start:stop])
 
 # %% ../nbs/04_autoregressive.ipynb #ff4eda75

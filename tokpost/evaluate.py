@@ -19,7 +19,7 @@ from .metrics import (Classifier, ClassifierFeatures, FeatureNetwork, FrechetSta
     ssim, train_classifier)
 from .run import Processes, Run, cached
 
-# %% ../nbs/01_evaluate.ipynb #b3f68a36
+# %% ../nbs/01_evaluate.ipynb #ad0dfb9f
 METRIC_SEED, LOSS_SEED = 0, 1
 
 def trained_classifier(
@@ -28,7 +28,8 @@ def trained_classifier(
     seed:int,   # `METRIC_SEED` or `LOSS_SEED`
 )->Classifier:  # in eval mode, on the run's device
     "The run's small classifier, trained once and kept."
-    epochs = run.size['evaluation'].get('classifier_epochs', 20)
+    steps = run.size['evaluation'].get('classifier_steps', 2000)
+    epochs = max(1, round(64*steps/len(images)))
     make = lambda: train_classifier(images, images.labels, images.num_classes, seed, epochs).state_dict()
     path = run.folder('classifier', seed=seed, epochs=epochs, images=images.fingerprint)/'weights.safetensors'
     classifier = Classifier(images.num_classes)
@@ -136,14 +137,13 @@ class Evaluation:
         made = feature_statistics((decode_bytes(decode, part.to(here.device)) for part in parts), self.network)
         return dict(gfid=frechet_distance(made, self.statistics('train')), n=made.count, **self.about)
 
-# %% ../nbs/01_evaluate.ipynb #511cd828
+# %% ../nbs/01_evaluate.ipynb #685fafed
 @torch.no_grad()
 def reconstruction_scores(
     evaluation:Evaluation, # of the preset
     tokenizer,             # has `encode`, `decode` and `codebook`
 )->dict:                   # rfid, psnr (dB), ssim, codebook_usage and perplexity, n, features
     "How well a tokenizer reconstructs the validation images."
-    from tokpost.metrics import psnr, ssim
     here, K = evaluation.run.here, len(tokenizer.codebook)
     made, counts = FrechetStatistics(evaluation.network.dim), torch.zeros(K)
     sums = torch.zeros(3, dtype=torch.float64)

@@ -92,7 +92,7 @@ class PFIDResult:
         about = dict(codebook_size=self.codebook_size, n=self.n, network=self.network, seed=self.seed)
         return [dict(cell, **about) for cell in self.cells]
 
-# %% ../nbs/06_pfid.ipynb #f7ae95cd
+# %% ../nbs/06_pfid.ipynb #ba037663
 def _settings(alphas, deltas, codebook_size):
     deltas = pfid_deltas(codebook_size) if deltas is None else deltas
     if not len(alphas) or not len(deltas): raise ValueError("alphas and deltas must not be empty")
@@ -103,16 +103,17 @@ def _settings(alphas, deltas, codebook_size):
             raise ValueError(f"deltas must be integers in [1, {codebook_size}], got {delta}")
     return [(alpha, int(delta)) for alpha in alphas for delta in deltas]
 
-def _result(cells, seen, rfid, network, codebook_size, seed):
+def _result(cells, seen, reference, network, codebook_size, seed):
     seen = {kind: merge_over_processes(statistics) for kind, statistics in seen.items()}
-    n = seen['real'].count
+    real, n = seen.pop('real', reference), seen[cells[0]].count
     if n < 2: raise ValueError(f"batches must hold at least 2 images in all, got {n}")
-    fd = {kind: frechet_distance(seen[kind], seen['real']) for kind in seen if kind != 'real'}
+    if real.count != n: raise ValueError(f"reference must be of the same {n} images, got {real.count}")
+    fd = {kind: frechet_distance(statistics, real) for kind, statistics in seen.items()}
     rows = [dict(alpha=cell[0], delta=cell[1], fd=fd[cell]) for cell in cells]
     mean = float(np.mean([row['fd'] for row in rows]))
     return PFIDResult(mean, fd.get('clean'), rows, network, n, codebook_size, seed)
 
-# %% ../nbs/06_pfid.ipynb #ef300c4b
+# %% ../nbs/06_pfid.ipynb #7a7eeb54
 @torch.no_grad()
 def pfid(
     tokenizer,              # has `encode`, `decode` and `codebook`
@@ -121,16 +122,17 @@ def pfid(
     alphas:tuple=PFID_ALPHAS, # rates in [0, 1]
     deltas:tuple|None=None, # strengths in [1, K]; None: those of the paper for this K
     normalize:bool=False,   # neighbours of l2-normalised codes
-    rfid:bool=True,         # decode the clean tokens too
+    rfid:bool=False,        # decode the clean tokens too
+    reference:FrechetStatistics|None=None, # of the same images, if known; None gathers them
     seed:int=0,             # of the perturbation
     progress:bool=True,     # show a progress bar
-)->PFIDResult:              # the reference are the same images
+)->PFIDResult:
     "Mean Fréchet distance of reconstructions from perturbed tokens (RobusTok, pFID)."
     codebook = _codebook(tokenizer)
     cells, K = _settings(alphas, deltas, len(codebook)), len(codebook)
     table = neighbour_table(codebook, max(delta for _, delta in cells), normalize)
     place = network.device if network.device.type == 'cuda' else 'cpu' # needs float64
-    kinds = ['real', *['clean']*rfid, *cells]
+    kinds = [*['real']*(reference is None), *['clean']*rfid, *cells]
     seen = {kind: FrechetStatistics(network.dim, place) for kind in kinds}
     hidden = not (progress and Processes().is_main)
     for batch in tqdm(batches, desc='pFID', leave=False, disable=hidden, mininterval=.5):
@@ -143,7 +145,7 @@ def pfid(
             else:
                 perturbed = table[indices, _noisy_ranks(noise, *kind)] # (B, N)
                 statistics.update(network(_decode(tokenizer, perturbed)))
-    return _result(cells, seen, rfid, network.name, K, seed)
+    return _result(cells, seen, reference, network.name, K, seed)
 
 # %% ../nbs/06_pfid.ipynb #e240d45b
 def _pearson(x, y, axis=-1):

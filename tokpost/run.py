@@ -290,7 +290,7 @@ class Loop:
 # %% ../nbs/00_run.ipynb #2d4303ad
 PRESETS = {}
 
-# %% ../nbs/00_run.ipynb #bcb6986e
+# %% ../nbs/00_run.ipynb #264848b7
 PRESETS['smoke'] = dict(
     data='digits', image_size=16, precision='fp32',
     tokenizer=dict(architecture='cnn', codebook_size=64, code_dim=8, width=16, multipliers=(1, 2, 2),
@@ -304,26 +304,27 @@ PRESETS['smoke'] = dict(
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
     pairs=dict(count=64, batch_size=64),
     post_training=dict(steps=12, batch_size=16, lr=5e-4, warmup=2, ema_horizon=.2),
-    evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_epochs=2),
-    sigmas=(1., .8))
+    evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
+    sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #a3bcddcd
+# %% ../nbs/00_run.ipynb #c24bd3ba
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
-    tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=32,
-                   multipliers=(1, 2), blocks=1, attention=True),
-    losses=dict(perceptual='classifier', adversary='patch', width=32),
-    main_training=dict(steps=600, batch_size=64, lr=2e-3, warmup=30, discriminator_start=.5),
+    tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=24,
+                   multipliers=(1, 2, 2), blocks=1, attention=True),
+    losses=dict(perceptual='classifier', adversary='patch', width=24),
+    main_training=dict(steps=800, batch_size=32, lr=1e-3, warmup=40, final_lr=.1,
+                       discriminator_start=.28),
     perturbation=dict(alpha=1., beta=.1, delta=12),
-    generator=dict(width=128, depth=4, heads=4, dropout=.1),
-    generator_training=dict(steps=1000, batch_size=64, lr=1e-3, warmup=50),
+    generator=dict(width=96, depth=3, heads=4),
+    generator_training=dict(steps=1000, batch_size=64, lr=2e-3, warmup=50),
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
-    pairs=dict(count=1280, batch_size=320),
-    post_training=dict(steps=100, batch_size=64, lr=5e-4, warmup=5, ema_horizon=.2),
-    evaluation=dict(features='classifier', samples=1000, batch_size=250, classifier_epochs=20),
-    sigmas=(1., .9, .7))
+    pairs=dict(count=2000, batch_size=500),
+    post_training=dict(steps=150, batch_size=32, lr=5e-4, warmup=10, ema_horizon=.2),
+    evaluation=dict(features='classifier', samples=2000, batch_size=500, classifier_steps=440),
+    sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
-# %% ../nbs/00_run.ipynb #d97af5f3
+# %% ../nbs/00_run.ipynb #22bce684
 PRESETS['small'] = dict(
     data='tiny-imagenet', image_size=64, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=4096, code_dim=32, width=96,
@@ -331,15 +332,15 @@ PRESETS['small'] = dict(
     losses=dict(perceptual='lpips', adversary='patch', width=64),
     main_training=dict(steps=20_000, batch_size=128, lr=4e-4, warmup=500, augment=True),
     perturbation=dict(alpha=1., beta=.1, delta=100),
-    generator=dict(width=512, depth=12, heads=8, dropout=.1),
+    generator=dict(width=512, depth=12, heads=8),
     generator_training=dict(steps=30_000, batch_size=256, lr=4e-4, warmup=1500),
     sampling=dict(guidance_scale=3., guidance_power=1., temperature=1.),
     pairs=dict(count=20_000, batch_size=500),
     post_training=dict(steps=4_000, batch_size=128, lr=2e-4, warmup=100),
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
-    sigmas=(1., .9, .8, .7))
+    sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #4f4dc0ed
+# %% ../nbs/00_run.ipynb #2d295bdd
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
@@ -347,13 +348,13 @@ PRESETS['full'] = dict(
     main_training=dict(steps=250_000, batch_size=1024, lr=2.4e-4, warmup=1250, final_lr=.21,
                        discriminator_lr=8e-4, discriminator_start=.28, augment=True),
     perturbation=dict(alpha=1., beta=.1, delta=100),
-    generator=dict(width=768, depth=24, heads=16, dropout=.1),
+    generator=dict(width=768, depth=24, heads=16),
     generator_training=dict(steps=250_000, batch_size=2048, lr=4e-4, warmup=62_500, final_lr=.025),
     sampling=dict(guidance_scale=6., guidance_power=1.15, temperature=1.02),
     pairs=dict(count=200_000, batch_size=256),
     post_training=dict(steps=7_800, batch_size=1024, lr=1.2e-4, warmup=195, discriminator_lr=4e-4),
     evaluation=dict(features='inception', samples=50_000, batch_size=250),
-    sigmas=(1., .9, .8, .7))
+    sigmas=(1., .9, .8, .7), seeds=(0,), codebook_sizes=(1024, 4096, 16384))
 
 # %% ../nbs/00_run.ipynb #4ae94ec6
 def project_root()->Path: # nearest folder upward with a settings.ini, else the working directory
@@ -387,7 +388,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #ebbe62b2
+# %% ../nbs/00_run.ipynb #c9a41828
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -446,28 +447,30 @@ class Run:
                     seconds=round(time.perf_counter()-self.began, 1), stages=stages,
                     peak_memory_gib=round(peak/2**30, 2), peak_gpu_memory_gib=round(gpu/2**30, 2))
 
-    def _save(self, ending, write, name):
+    def _save(self, ending, write, name, about):
         if not self.here.is_main: return
         stem = (name or self.name) + self.suffix
-        record = json.dumps(self.record(), indent=1)
+        record = json.dumps(dict(self.record(), **about), indent=1)
         write_atomic(self.out/f'{stem}.json', lambda path: path.write_text(record))
         return write_atomic(self.out/f'{stem}.{ending}', write)
 
     def save_table(self,
         table,         # pandas DataFrame, one row per configuration
         name:str='',   # '' takes the run's name
+        **about,       # further entries of the record, such as `seeds`
     ):                 # the table, for display
         "Save a table as csv, and its record beside it."
-        self._save('csv', lambda path: table.to_csv(path, index=False), name)
+        self._save('csv', lambda path: table.to_csv(path, index=False), name, about)
         return table
 
     def save_figure(self,
         figure,        # matplotlib figure
         name:str='',   # '' takes the run's name
+        **about,       # further entries of the record, such as `seeds`
     ):
         "Save a figure as png, and its record beside it."
         self._save('png', lambda path: figure.savefig(path, dpi=150, bbox_inches='tight',
-                                                      format='png'), name)
+                                                      format='png'), name, about)
 
     def __repr__(self):
         where = f'{self.here.device}, {self.here.precision}, {self.here.world} process(es)'

@@ -9,8 +9,6 @@ from torch import nn
 from tokpost.run import (EMA, PRESETS, Loop, Processes, Run, cached, ema_decay, environment, fingerprint, fold,
                          generator, load_state, project_root, read_table, save_state, warmup_cosine, write_atomic)
 
-ROOT = Path(__file__).parent.parent
-
 def network(width=8): return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(.5), nn.Linear(width, 1))
 
 def train(folder, kill=None, width=8, config=None, steps=12, seed=3, spoil=None, averaged=True):
@@ -58,9 +56,8 @@ def children(tmp_path_factory):
     "Folder and exit code of the three functions above, each in a process of its own, and what was printed."
     folders = {f.__name__: tmp_path_factory.mktemp(f.__name__) for f in (killed_in_step, killed_in_save, full_disk)}
     save_state(folders['full_disk']/'state.safetensors', dict(x=torch.arange(3)))
-    path = os.pathsep.join([str(ROOT), os.getenv('PYTHONPATH', '')])
     done = subprocess.run([sys.executable, __file__, *map(str, folders.values())], capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS='1'))
+                          env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
     return {name: (folder, code, done.stdout) for (name, folder), code in zip(folders.items(), codes)}

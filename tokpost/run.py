@@ -196,7 +196,7 @@ def ema_decay(
     "The decay whose horizon is a given share of the run."
     return min(largest, 1 - 1/max(2, horizon*steps))
 
-# %% ../nbs/00_run.ipynb #6d7859b5
+# %% ../nbs/00_run.ipynb #ad9ec614
 class Loop:
     "The steps of a training run: resumed, seeded, logged, saved (iterate over it)."
     def __init__(self,
@@ -262,7 +262,7 @@ class Loop:
         if loss.device.type == 'cpu': self._stop_if_not_finite()
         if self.step % self.log_every == 0 or self.step == self.steps-1:
             self._stop_if_not_finite()
-            values = {k: float(v) for k, v in dict(loss=loss, **values).items()}
+            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in dict(loss=loss, **values).items()}
             self.rows.append(dict(step=self.step, **values))
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 

@@ -1,0 +1,408 @@
+"Sources, crops, batches and token stores against independent references; damage, kills and other people's files."
+import collections, os, shutil, signal, subprocess, sys, threading, warnings, zlib
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from scipy.stats import binom
+from tokpost.data import (Images, TokenStore, draw_rows, eval_batches, image_batches, load_images, make_token_store,
+                          square_crop, to_images, to_pixels, token_batches)
+
+def within_binomial_bounds(count, n, p):
+    return binom.ppf(5e-7, n, p) <= count <= binom.isf(5e-7, n, p)
+
+def noise(size, seed=0): # width, height
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+def ramps(width, height):
+    "Red rises from left to right, green from top to bottom."
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 0*x], -1).round().astype(np.uint8))
+
+def grey(value, size=(12, 10)): return Image.new('L', size, value)
+
+def images_of(pictures, image_size=8, name='pictures', **options):
+    "An image source in memory."
+    rows = [dict(bytes=None, path=f'{i}.png', array=np.asarray(picture)) for i, picture in enumerate(pictures)]
+    return Images(rows, np.arange(len(rows)), len(rows), image_size, name, **options)
+
+def greys_in(images): return to_pixels(images)[:, 0, 0, 0].tolist()
+
+def take(batches, count): return [batch for batch, _ in zip(batches, range(count))]
+
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path_factory, monkeypatch):
+    "`datasets` neither keeps what it read in this session nor asks the hub."
+    import datasets, huggingface_hub
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.mktemp('cache'))
+    for module in (datasets.config, huggingface_hub.constants): monkeypatch.setattr(module, 'HF_HUB_OFFLINE', True)
+
+@pytest.fixture
+def class_folders(tmp_path):
+    "A function that makes folders of images; the grey level of image i of class c is 40c+i."
+    def make(root, *classes, count=5):
+        for c, name in enumerate(classes):
+            (tmp_path/root/name).mkdir(parents=True)
+            for i in range(count): grey(40*c+i).save(tmp_path/root/name/f'{i}.png')
+        return tmp_path/root
+    return make
+
+# Crops
+
+@pytest.mark.parametrize('size, side', [((64, 64), 16), ((128, 32), 16), ((48, 160), 12)])
+def test_halving_is_the_mean_of_blocks(size, side):
+    "A power of two above the size needs no other scaling; each halving rounds once."
+    picture, n = noise(size), min(size)//side
+    means = np.asarray(picture, float).reshape(size[1]//n, n, size[0]//n, n, 3).mean((1, 3))
+    top, left = ((x-side)//2 for x in means.shape[:2])
+    assert np.abs(square_crop(picture, side) - means[top:top+side, left:left+side]).max() <= 2
+
+@pytest.mark.parametrize('size', [(20, 30), (31, 24), (25, 25), (16, 28), (16, 16), (9, 12)])
+def test_scaling_equals_torchvision(size):
+    from torchvision.transforms import v2
+    picture = noise(size)
+    w, h = (max(16, round(16*x/min(size))) for x in size)
+    resized = v2.functional.resize(picture, (h, w), v2.InterpolationMode.BICUBIC)
+    expected = v2.functional.crop(resized, (h-16)//2, (w-16)//2, 16, 16)
+    assert np.array_equal(square_crop(picture, 16), np.asarray(expected))
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'RGBA', 'CMYK', 'LA', 'I;16'])
+def test_every_mode_becomes_rgb(mode):
+    crop = square_crop(Image.new(mode, (20, 30)), 8)
+    assert crop.shape == (8, 8, 3) and crop.dtype == np.uint8
+
+def test_random_crops_have_no_preferred_place_or_scale():
+    rng, picture = np.random.default_rng(0), ramps(200, 120)
+    crops = np.stack([square_crop(picture, 32, rng) for _ in range(600)]).astype(float)
+    centres = crops[..., :2].mean((1, 2))                                    # (600, 2)
+    assert (np.abs(centres.mean(0) - 127.5) < 5*centres.std(0)/600**.5).all()
+    assert (crops[:, 0, 0, :2].min(0) < 3).all() and (crops[:, -1, -1, :2].max(0) > 252).all() # up to the edges
+    share = (crops[:, -1, 0, 1] - crops[:, 0, 0, 1])/255*32/31               # of the shorter side
+    sides = 32/share
+    assert .99*32 < sides.min() < 33 and 39 < sides.max() < 1.02*40
+    counts = np.bincount(sides.round().astype(int), minlength=42)[32:41]
+    assert all(within_binomial_bounds(count, 600, 1/9) for count in counts)
+    centre = square_crop(picture, 32).astype(int)
+    assert np.abs(centre[..., 0] + centre[:, ::-1, 0] - 255).max() <= 3
+
+def test_bytes_survive_the_way_there_and_back():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_pixels(to_images(levels)), levels)
+    assert to_pixels(torch.tensor([-9., -1., 0., 1., 9.])).tolist() == [0, 0, 128, 255, 255]
+
+# Sources
+
+def write_parquet(path, values, labels, columns=('image', 'label')):
+    import datasets
+    features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=['cat', 'dog', 'owl'])})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {columns[0]: [grey(value) for value in values], columns[1]: labels}
+    datasets.Dataset.from_dict(rows, features).to_parquet(path)
+
+@pytest.mark.parametrize('columns', [('image', 'label'), ('img', 'fine_label')])
+def test_parquet_folder_with_splits(tmp_path, columns):
+    "As the hub keeps them; the labels of a test split are often withheld."
+    for name, values, labels in (('train', range(9), [0, 1, 2]*3), ('validation', [100, 101], [2, 0]), ('test', [200], [-1])):
+        write_parquet(tmp_path/f'data/{name}-00000-of-00001.parquet', values, labels, columns)
+    train, validation = (load_images(str(tmp_path), split, 8) for split in ('train', 'validation'))
+    assert greys_in(train[:]) == list(range(9)) and train.labels.tolist() == [0, 1, 2]*3
+    assert greys_in(validation[:]) == [100, 101] and validation.labels.tolist() == [2, 0]
+    assert train.num_classes == validation.num_classes == 3
+    assert train[[4, 2]].shape == (2, 3, 8, 8) and train.fingerprint != validation.fingerprint
+
+@pytest.mark.parametrize('validation', ['val', 'valid', 'test'])
+def test_parquet_files_by_other_names_of_validation(tmp_path, validation):
+    write_parquet(tmp_path/'train.parquet', [1, 2], [0, 1])
+    write_parquet(tmp_path/f'{validation}.parquet', [3], [2])
+    assert [greys_in(load_images(str(tmp_path), split, 8)[:]) for split in ('train', 'validation')] == [[1, 2], [3]]
+
+def test_source_without_validation_lends_a_fifth(tmp_path):
+    write_parquet(tmp_path/'all.parquet', range(40), [i % 3 for i in range(40)])
+    train, validation = (load_images(str(tmp_path/'all.parquet'), split, 8) for split in ('train', 'validation'))
+    assert (len(train), len(validation)) == (32, 8)
+    assert sorted(greys_in(train[:]) + greys_in(validation[:])) == list(range(40))
+    for images in (train, validation): assert images.labels.tolist() == [value % 3 for value in greys_in(images[:])]
+    assert greys_in(load_images(str(tmp_path/'all.parquet'), 'validation', 8)[:]) == greys_in(validation[:])
+
+@pytest.mark.parametrize('validation', ['val', 'validation', 'test'])
+def test_class_folders_with_splits(class_folders, tmp_path, validation):
+    class_folders('set/train', 'cat', 'dog')
+    class_folders(f'set/{validation}', 'cat', 'dog', count=2)
+    (tmp_path/'set/train/cat/notes.txt').write_text('not an image')
+    train, held_out = (load_images(str(tmp_path/'set'), split, 8) for split in ('train', 'validation'))
+    assert sorted(greys_in(train[:])) == [0, 1, 2, 3, 4, 40, 41, 42, 43, 44]
+    assert sorted(greys_in(held_out[:])) == [0, 1, 40, 41]
+    for images in (train, held_out): assert images.labels.tolist() == [int(value >= 40) for value in greys_in(images[:])]
+
+@pytest.mark.parametrize('classes', [('cat', 'dog', 'owl'), ('bullet_train', 'crash test', 'owl')])
+def test_class_folders_without_splits(class_folders, monkeypatch, classes):
+    "Found under $TOKPOST_DATA; classes may be called what they like."
+    monkeypatch.setenv('TOKPOST_DATA', str(class_folders('set', *classes).parent))
+    train, validation = (load_images('set', split, 8) for split in ('train', 'validation'))
+    assert (len(train), len(validation), train.num_classes) == (12, 3, 3)
+    for images in (train, validation): assert images.labels.tolist() == [value//40 for value in greys_in(images[:])]
+
+@pytest.mark.parametrize('source', ['/no/such/folder', 'nobody/nothing'])
+def test_missing_source_says_what_a_source_is(source):
+    with pytest.raises(FileNotFoundError) as error: load_images(source)
+    for word in (source, 'digits', 'Parquet', 'folder of class folders', '$TOKPOST_DATA', 'Hugging Face', 'network'):
+        assert word in str(error.value)
+
+def test_bad_arguments(tmp_path):
+    import datasets
+    with pytest.raises(ValueError, match=r"split must be one of \['train', 'validation'\], got 'dev'"): load_images('digits', 'dev')
+    with pytest.raises(ValueError, match='image_size must be at least 4, got 3'): load_images('digits', image_size=3)
+    datasets.Dataset.from_dict(dict(text=['a'])).to_parquet(tmp_path/'train.parquet')
+    with pytest.raises(ValueError, match="no column 'image', only .*text"): load_images(str(tmp_path/'train.parquet'))
+
+def test_too_few_images_for_a_split_are_an_error(class_folders):
+    with pytest.raises(ValueError, match='no image'): load_images(str(class_folders('set', 'cat', 'dog', count=2)), 'validation', 8)
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+    train, validation = (load_images('digits', split, 8) for split in ('train', 'validation'))
+    found = {image.numpy().tobytes(): int(label) for images in (train, validation)
+             for image, label in zip(to_pixels(images[:])[:, 0], images.labels)}
+    scans = load_digits()
+    expected = {(scan*255/16).round().astype(np.uint8).tobytes(): int(label) for scan, label in zip(scans.images, scans.target)}
+    assert len(train) + len(validation) == 1797 and found == expected
+    assert not train.flips and not train.crops
+
+# Damage
+
+def damaged(folder, *names):
+    "Truncated, emptied or overwritten."
+    for i, name in enumerate(names):
+        data = (folder/name).read_bytes()
+        (folder/name).write_bytes([data[:len(data)//2], b'', b'not an image'][i % 3])
+
+@pytest.mark.parametrize('memory', [2**30, 0])
+def test_unreadable_images_are_named_and_passed_over(class_folders, tmp_path, memory):
+    "Also the first; and the others keep their labels, also where they are read again for a random crop."
+    for split in ('train', 'val'): class_folders(f'set/{split}', 'cat', 'dog')
+    damaged(tmp_path/'set', 'train/cat/0.png', 'train/cat/2.png', 'train/dog/4.png')
+    with pytest.warns(UserWarning, match=r'set: passed over .*cat/0\.png'):
+        images = load_images(str(tmp_path/'set'), 'train', 8, memory)
+        seen = [(grey, label) for batch, labels in take(image_batches(images, 10, augment=True, workers=0), 4)
+                for grey, label in zip(greys_in(batch), labels.tolist())]
+    assert all((grey >= 40) == label for grey, label in seen)
+    assert set(seen) == {(1, 0), (3, 0), (4, 0), (40, 1), (41, 1), (42, 1), (43, 1)}
+    assert {'/'.join(Path(p).parts[-2:]) for p in images.passed_over} == {'cat/0.png', 'cat/2.png', 'dog/4.png'}
+    assert len(images) == (7 if memory else 10)
+
+def test_a_picture_of_absurd_size_is_unreadable(class_folders):
+    "A damaged header may announce more pixels than PIL agrees to decode."
+    for split in ('train', 'val'): folder = class_folders(f'set/{split}', 'cat', 'dog')
+    path = folder.parent/'train/dog/1.png'
+    data = bytearray(path.read_bytes())
+    data[16:24] = (2**16).to_bytes(4, 'big')*2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match='1.png'): assert len(load_images(str(folder.parent), 'train', 8)) == 9
+
+def test_too_many_unreadable_images_are_an_error():
+    rows = [dict(bytes=b'damaged' if i % 2 else None, path=f'{i}.png', array=None if i % 2 else np.zeros((9, 9), np.uint8))
+            for i in range(30)]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r'set: 11 images could not be read, the limit is 10'):
+        Images(rows, np.zeros(30, int), 1, 8, 'set')
+    with warnings.catch_warnings(record=True): assert len(Images(rows, np.zeros(30, int), 1, 8, 'set', unreadable=.5)) == 15
+
+# Batches
+
+@pytest.mark.parametrize('count, batch_size', [(10, 5), (10, 4), (7, 3), (3, 8), (1, 1)])
+def test_every_row_once_per_epoch(count, batch_size):
+    rows = np.concatenate([rows for _, _, rows in take(draw_rows(count, batch_size, seed=1), 3*count)])
+    epochs = rows[:len(rows)//count*count].reshape(-1, count)
+    assert (np.sort(epochs) == np.arange(count)).all()
+    if count == 10: assert len({epoch.tobytes() for epoch in epochs}) > 1
+
+def test_order_is_uniform():
+    "Every row comes first equally often."
+    firsts = collections.Counter(int(next(draw_rows(5, 1, seed))[2][0]) for seed in range(1000))
+    assert all(within_binomial_bounds(firsts[row], 1000, 1/5) for row in range(5))
+
+@pytest.mark.parametrize('world', [1, 2, 4])
+@pytest.mark.parametrize('start', [0, 5])
+def test_shards_join_to_the_batch_of_one(world, start):
+    whole = take(draw_rows(23, 8, seed=3), 12)
+    shards = [take(draw_rows(23, 8, 3, start, rank, world), 7) for rank in range(world)]
+    for step, parts in enumerate(zip(*shards), start):
+        for k in (1, 2): assert np.array_equal(np.stack([part[k] for part in parts], 1).ravel(), whole[step][k])
+        assert {part[0] for part in parts} == {step}
+
+def test_draws_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match='multiple of the 3 processes, got 8'): next(draw_rows(9, 8, 0, world=3))
+    with pytest.raises(ValueError, match='no rows'): next(draw_rows(0, 8, 0))
+
+@pytest.fixture(scope='module')
+def natural():
+    "Images larger than the size, of several forms."
+    return images_of([noise(size, i) for i, size in enumerate([(20, 14), (12, 12), (9, 30), (40, 26), (17, 17), (13, 21)])])
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_augmented_shards_join_to_the_batch_of_one(natural, world):
+    "Crops and mirrors belong to the image's place in the run, not to the process."
+    options = dict(batch_size=4, seed=5, augment=True, workers=0)
+    whole = take(image_batches(natural, start=2, **options), 3)
+    shards = [take(image_batches(natural, start=2, rank=rank, world=world, **options), 3) for rank in range(world)]
+    for step, parts in enumerate(zip(*shards)):
+        for k in (0, 1): assert torch.equal(torch.stack([part[k] for part in parts], 1).flatten(0, 1), whole[step][k])
+
+def test_batches_are_a_function_of_seed_and_step(natural):
+    options = dict(batch_size=4, augment=True, workers=0)
+    torch.manual_seed(0)
+    whole = take(image_batches(natural, seed=5, **options), 6)
+    torch.manual_seed(1)
+    for step in (1, 4):
+        for a, b in zip(next(image_batches(natural, seed=5, start=step, **options)), whole[step]): assert torch.equal(a, b)
+    assert not torch.equal(next(image_batches(natural, seed=6, **options))[0], whole[0][0])
+
+def test_random_crops_do_not_depend_on_workers(natural):
+    streams = [take(image_batches(natural, 4, seed=5, augment=True, workers=workers), 5) for workers in (0, 2)]
+    for one, two in zip(*streams): assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert len({image.numpy().tobytes() for batch, _ in streams[0] for image in batch}) > 6
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_batches_leave_the_global_generator_alone(natural, workers):
+    "Else the first step after a resume draws other dropout than the same step of an undisturbed run."
+    before = torch.manual_seed(0).get_state()
+    take(image_batches(natural, 4, augment=True, workers=workers), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+@pytest.mark.parametrize('name', ['digits', 'mnist', 'pictures'])
+def test_digits_are_never_mirrored_and_others_half_of_the_time(name):
+    "Left halves are dark; images as large as the size are not cropped."
+    half = np.repeat([[0]*4 + [255]*4], 8, 0).astype(np.uint8)
+    images = images_of([half]*8, name=name)
+    batch = torch.cat([batch for batch, _ in take(image_batches(images, 8, seed=2, augment=True), 250)])
+    mirrored = (batch[:, 0, 0, 0] > 0).sum().item()
+    assert torch.equal(batch[:, :, :, :4], -batch[:, :, :, 4:])
+    assert within_binomial_bounds(mirrored, 2000, .5) if name == 'pictures' else mirrored == 0
+    plain = torch.cat([batch for batch, _ in take(image_batches(images, 8, seed=2), 20)])
+    assert (plain[:, 0, 0, 0] < 0).all()
+
+def test_reading_from_disk_equals_memory(natural):
+    disk = Images(natural.rows, natural.labels, 6, 8, 'pictures', memory=0)
+    assert disk.pixels is None and natural.pixels is not None and disk.fingerprint == natural.fingerprint
+    for rows in (slice(None), slice(1, 5, 2), [3, 0, 3], np.array([5]), torch.tensor([2, 2]), range(3)):
+        assert torch.equal(disk[rows], natural[rows])
+    for batches in (lambda x: take(image_batches(x, 4, seed=1, workers=0), 4), lambda x: list(eval_batches(x, 4)),
+                    lambda x: take(image_batches(x, 4, seed=1, augment=True, workers=0), 4)):
+        for a, b in zip(batches(disk), batches(natural), strict=True): assert all(map(torch.equal, a, b))
+    assert -1 <= natural[:].min() < -.8 and .8 < natural[:].max() <= 1 and natural[:].dtype == torch.float32
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+@pytest.mark.parametrize('count', [None, 5, 4])
+def test_one_ordered_pass(natural, world, count):
+    parts = [list(eval_batches(natural, 2, count, rank, world)) for rank in range(world)]
+    order = [parts[i % world][i//world] for i in range(sum(map(len, parts)))]
+    assert torch.equal(torch.cat([images for images, _ in order]), natural[:count or 6])
+    assert torch.cat([labels for _, labels in order]).tolist() == list(range(count or 6))
+
+# Token stores
+
+def tokens(rows): return torch.as_tensor(rows)[:, None]*7 % 50 + torch.arange(3)
+
+PLAN = dict(labels=torch.arange(20) % 4, num_tokens=3, codebook_size=64, made_by=dict(tokenizer='a', images='b'), batch_size=3)
+
+def killed_store(folder):
+    "Dies while the fifth batch is made."
+    def make(rows):
+        if rows[0] == 12: os.kill(os.getpid(), signal.SIGKILL)
+        return tokens(rows)
+    make_token_store(folder, make, **PLAN)
+
+def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+def test_killed_store_is_completed_with_the_same_bytes(tmp_path):
+    environ = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, __file__, tmp_path/'store'], env=environ)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path/'store').exists()
+    with pytest.raises(FileNotFoundError, match='no token store at'): TokenStore(tmp_path/'store')
+    made = []
+    store = make_token_store(tmp_path/'store', lambda rows: made.append(int(rows[0])) or tokens(rows), **PLAN)
+    assert made == [12, 15, 18]
+    make_token_store(tmp_path/'whole', tokens, **PLAN)
+    assert contents(tmp_path/'store') == contents(tmp_path/'whole')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['store', 'whole']
+    assert torch.equal(store[:], tokens(np.arange(20))) and torch.equal(store.labels, PLAN['labels'])
+    assert store.sources.tolist() == list(range(20)) and store[[3, 1]].dtype == torch.long
+
+def test_complete_store_is_not_made_again(tmp_path):
+    make_token_store(tmp_path/'store', tokens, **PLAN, sources=torch.arange(20)*2)
+    again = make_token_store(tmp_path/'store', None, **PLAN)
+    assert torch.equal(again[:], tokens(np.arange(20))) and again.sources.tolist() == list(range(0, 40, 2))
+
+def test_two_processes_make_the_store_of_one(tmp_path):
+    barrier, made, errors = threading.Barrier(2, timeout=30), [[], []], []
+    def process(rank):
+        try: make_token_store(tmp_path/'two', lambda rows: made[rank].append(int(rows[0])) or tokens(rows), **PLAN,
+                              rank=rank, world=2, wait=barrier.wait)
+        except Exception as error: errors.append(error)
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    make_token_store(tmp_path/'one', tokens, **PLAN)
+    assert errors == [] and made == [[0, 6, 12, 18], [3, 9, 15]]
+    assert contents(tmp_path/'two') == contents(tmp_path/'one')
+
+@pytest.mark.parametrize('codebook_size, dtype', [(64, np.uint16), (2**16, np.uint16), (2**16+1, np.uint32), (2**18, np.uint32)])
+def test_bytes_per_token(tmp_path, codebook_size, dtype):
+    largest = lambda rows: torch.full((len(rows), 3), codebook_size-1)
+    store = make_token_store(tmp_path/'store', largest, **PLAN | dict(codebook_size=codebook_size))
+    assert store.indices.dtype == dtype and (store[:] == codebook_size-1).all()
+
+@pytest.mark.parametrize('wrong', [lambda rows: tokens(rows) - 50, lambda rows: tokens(rows) + 64, lambda rows: tokens(rows)[:, :2],
+                                   lambda rows: tokens(rows)[1:]], ids=['negative', 'too large', 'too few', 'too short'])
+def test_wrong_tokens_leave_no_store(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r'indices must be \(3, 3\) in \[0, 64\), got'):
+        make_token_store(tmp_path/'store', lambda rows: (wrong if rows[0] else tokens)(rows), **PLAN)
+    assert not (tmp_path/'store').exists()
+    assert torch.equal(make_token_store(tmp_path/'store', tokens, **PLAN)[:], tokens(np.arange(20)))
+
+@pytest.mark.parametrize('made_by', [dict(tokenizer='c', images='b'), dict(tokenizer='a', images='b', more=1)])
+def test_store_of_another_tokenizer_is_refused(tmp_path, made_by):
+    make_token_store(tmp_path/'store', tokens, **PLAN)
+    before = contents(tmp_path/'store')
+    for opening in (lambda: TokenStore(tmp_path/'store', made_by),
+                    lambda: make_token_store(tmp_path/'store', tokens, **PLAN | dict(made_by=made_by))):
+        with pytest.raises(ValueError, match='made by another (tokenizer|more) .*delete it or name another'): opening()
+    assert contents(tmp_path/'store') == before and len(TokenStore(tmp_path/'store', dict(tokenizer='a'))) == 20
+
+def unfinished(folder, **changes):
+    def make(rows):
+        if rows[0] > 9: raise KeyboardInterrupt
+        return tokens(rows)
+    with pytest.raises(KeyboardInterrupt): make_token_store(folder, make, **PLAN | changes)
+
+@pytest.mark.parametrize('change', [dict(made_by=dict(tokenizer='c', images='b')), dict(labels=torch.zeros(26, dtype=torch.long)),
+                                    dict(batch_size=4), dict(codebook_size=2**17)], ids=lambda change: list(change)[0])
+def test_what_another_run_left_is_not_continued(tmp_path, change):
+    unfinished(tmp_path/'store')
+    other = lambda rows: tokens(rows) + 1
+    store = make_token_store(tmp_path/'store', other, **PLAN | change)
+    assert torch.equal(store[:], other(np.arange(len(store.labels)))) and torch.equal(store.labels, (PLAN | change)['labels'])
+
+def test_store_of_another_length_is_refused(tmp_path):
+    make_token_store(tmp_path/'store', tokens, **PLAN)
+    with pytest.raises(ValueError, match='delete it or name another'):
+        make_token_store(tmp_path/'store', tokens, **PLAN | dict(labels=torch.zeros(26, dtype=torch.long)))
+
+def test_full_disk_is_noticed_before_the_first_token(tmp_path, monkeypatch):
+    usage = collections.namedtuple('usage', 'total used free')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1000, 881, 119))
+    made = []
+    with pytest.raises(OSError, match=r'store.* needs 120 bytes, the disk has 119 left'):
+        make_token_store(tmp_path/'store', lambda rows: made.append(rows) or tokens(rows), **PLAN)
+    assert made == [] and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(1000, 880, 120))
+    assert len(make_token_store(tmp_path/'store', tokens, **PLAN)) == 20
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_token_batches_are_rows_of_the_store(tmp_path, world):
+    store = make_token_store(tmp_path/'store', tokens, **PLAN)
+    for rank in range(world):
+        drawn = take(draw_rows(20, 6, 9, 4, rank, world), 5)
+        for (_, _, rows), (indices, labels) in zip(drawn, token_batches(store, 6, 9, 4, rank, world)):
+            assert torch.equal(indices, tokens(rows)) and torch.equal(labels, PLAN['labels'][rows])
+
+if __name__ == '__main__': killed_store(Path(sys.argv[1]))

@@ -1,0 +1,38 @@
+"The README is the index notebook, its examples run, and its numbers stand in files."
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tokpost.run import read_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT/'README.md').read_text(encoding='utf-8')
+
+
+def test_readme_is_the_index():
+    assert README == runpy.run_path(str(ROOT/'.ci/readme.py'))['readme']()
+
+
+def test_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', README, re.S)
+    assert len(blocks) >= 4
+    names = {}
+    for block in blocks: exec(compile(block, 'README.md', 'exec'), names)
+    assert names['result'].pfid > 0 and len(names['pairs']) == 256
+
+
+def test_pictures_and_notebooks_exist():
+    for path in re.findall(r'\]\((figures/[^)]+)\)', README): assert (ROOT/path).exists(), path
+    for name in set(re.findall(r'`(\d\d_\w+)`', README)): assert (ROOT/f'nbs/{name}.ipynb').exists(), name
+
+
+@pytest.mark.parametrize('name', ['post_training_arms_mnist', 'robust_tokenizers_mnist'])
+def test_numbers_are_those_of_the_files(name):
+    table = read_table(name, 'laptop')
+    record = table.attrs['record']
+    assert record['commit'] and record['device'] and len(record['seeds']) >= 3
+    for column in ('gfid', 'difference'):
+        for value in table.get(column, []): assert f'{value:.3f}' in README

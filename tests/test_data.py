@@ -71,7 +71,7 @@ def test_every_mode_becomes_rgb(mode):
     assert crop.shape == (8, 8, 3) and crop.dtype == np.uint8
 
 def test_random_crops_have_no_preferred_place_or_scale():
-    rng, picture = np.random.default_rng(0), ramps(200, 120)
+    rng, picture = np.random.default_rng(0), ramps(192, 128)
     crops = np.stack([square_crop(picture, 32, rng) for _ in range(600)]).astype(float)
     centres = crops[..., :2].mean((1, 2))                                    # (600, 2)
     assert (np.abs(centres.mean(0) - 127.5) < 5*centres.std(0)/600**.5).all()
@@ -82,7 +82,7 @@ def test_random_crops_have_no_preferred_place_or_scale():
     counts = np.bincount(sides.round().astype(int), minlength=42)[32:41]
     assert all(within_binomial_bounds(count, 600, 1/9) for count in counts)
     centre = square_crop(picture, 32).astype(int)
-    assert np.abs(centre[..., 0] + centre[:, ::-1, 0] - 255).max() <= 3
+    assert np.abs(centre[..., 0] + centre[:, ::-1, 0] - 255).max() <= 2
 
 def test_bytes_survive_the_way_there_and_back():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
@@ -175,6 +175,7 @@ def damaged(folder, *names):
         data = (folder/name).read_bytes()
         (folder/name).write_bytes([data[:len(data)//2], b'', b'not an image'][i % 3])
 
+@pytest.mark.filterwarnings('ignore:.*passed over')
 @pytest.mark.parametrize('memory', [2**30, 0])
 def test_unreadable_images_are_named_and_passed_over(class_folders, tmp_path, memory):
     "Also the first; and the others keep their labels, also where they are read again for a random crop."

@@ -89,7 +89,7 @@ def decode_bytes(
     "Decode as if to a file and back."
     return to_images(to_pixels(decode(indices))).cpu()
 
-# %% ../nbs/01_evaluate.ipynb #74bc8d85
+# %% ../nbs/01_evaluate.ipynb #de3b8a85
 class Evaluation:
     "The ruler of a preset: images, feature network, reference statistics."
     def __init__(self,
@@ -97,14 +97,19 @@ class Evaluation:
     ):
         self.run, size = run, run.size['evaluation']
         self.batch_size, self.samples = size['batch_size'], size['samples']
+        self.reconstructions = size.get('reconstructions')  # None: the whole validation split
         self.train, self.validation = (load_images(run.data, split, run.size['image_size'])
                                        for split in ('train', 'validation'))
         self.network = feature_network(run, self.train)
         self.perceptual = perceptual_distance(run, self.train)
         self.about = dict(features=self.network.name, features_fingerprint=self.network.fingerprint)
 
-    def batches(self, images, count=None):
-        here = self.run.here
+    def batches(self,
+        split:str, # 'train' | 'validation'; of validation the first `reconstructions` images
+    ):             # of images and labels, this process's share
+        "The real images that are compared, in order."
+        images, here = getattr(self, split), self.run.here
+        count = min(self.reconstructions or len(images), len(images)) if split == 'validation' else None
         return eval_batches(images, self.batch_size, count, here.rank, here.world)
 
     def statistics(self,
@@ -112,10 +117,11 @@ class Evaluation:
     )->FrechetStatistics:
         "Statistics of the real images, kept on disk by their fingerprint and the network's."
         images = getattr(self, split)
-        folder = self.run.folder('statistics', images=images.fingerprint, network=self.network.fingerprint)
+        folder = self.run.folder('statistics', images=images.fingerprint, network=self.network.fingerprint,
+                                 count=self.reconstructions if split == 'validation' else None)
         path, here = folder/'statistics.safetensors', self.run.here
         if not path.exists():
-            bar = tqdm(self.batches(images), desc=f'{split} statistics', leave=False, mininterval=.5)
+            bar = tqdm(self.batches(split), desc=f'{split} statistics', leave=False, mininterval=.5)
             made = feature_statistics((batch for batch, _ in bar), self.network).state()
             cached(path, lambda: made)
             here.wait()
@@ -137,7 +143,7 @@ class Evaluation:
         made = feature_statistics((decode_bytes(decode, part.to(here.device)) for part in parts), self.network)
         return dict(gfid=frechet_distance(made, self.statistics('train')), n=made.count, **self.about)
 
-# %% ../nbs/01_evaluate.ipynb #685fafed
+# %% ../nbs/01_evaluate.ipynb #c3d8929d
 @torch.no_grad()
 def reconstruction_scores(
     evaluation:Evaluation, # of the preset
@@ -147,7 +153,7 @@ def reconstruction_scores(
     here, K = evaluation.run.here, len(tokenizer.codebook)
     made, counts = FrechetStatistics(evaluation.network.dim), torch.zeros(K)
     sums = torch.zeros(3, dtype=torch.float64)
-    for images, _ in evaluation.batches(evaluation.validation):
+    for images, _ in evaluation.batches('validation'):
         indices = tokenizer.encode(images.to(here.device))
         decoded = decode_bytes(tokenizer.decode, indices)
         made.update(evaluation.network(decoded))

@@ -307,7 +307,7 @@ PRESETS['smoke'] = dict(
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
     sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #c24bd3ba
+# %% ../nbs/00_run.ipynb #18da0d2d
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=24,
@@ -321,7 +321,8 @@ PRESETS['laptop'] = dict(
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
     pairs=dict(count=2000, batch_size=500),
     post_training=dict(steps=150, batch_size=32, lr=5e-4, warmup=10, ema_horizon=.2),
-    evaluation=dict(features='classifier', samples=2000, batch_size=500, classifier_steps=440),
+    evaluation=dict(features='classifier', samples=2000, reconstructions=2000, batch_size=500,
+                    classifier_steps=440),
     sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
 # %% ../nbs/00_run.ipynb #22bce684

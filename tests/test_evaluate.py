@@ -102,8 +102,8 @@ def test_perfect_reconstruction(evaluation):
     assert scores['rfid'] < 1e-6 and scores['ssim'] == pytest.approx(1.) and scores['psnr'] == float('inf')
 
 def test_images_are_judged_as_bytes(evaluation):
-    out = decode_bytes(lambda indices: torch.linspace(-1.5, 1.5, 300).expand(2, 3, 4, -1), torch.zeros(2, 1))
-    assert -1 == out.min() and out.max() == 1 and len(out.unique()) == 201
+    out = decode_bytes(lambda indices: torch.linspace(-1.5, 1.5, 3000).expand(2, 3, 4, -1), torch.zeros(2, 1))
+    assert -1 == out.min() and out.max() == 1 and len(out.unique()) == 256
     assert torch.equal(((out + 1)*127.5).round(), to_pixels(out).float())
 
 def test_classes_are_generated_equally_often(evaluation):

@@ -1,8 +1,9 @@
 "Scores against explicit loops and known answers; statistics that are made once."
 import numpy as np, pytest, torch
 from tokpost.data import to_pixels
-from tokpost.evaluate import (LOSS_SEED, METRIC_SEED, Evaluation, decode_bytes, feature_statistics, merge_over_processes,
-                              perceptual_distance, reconstruction_scores, trained_classifier)
+from tokpost.evaluate import (LOSS_SEED, METRIC_SEED, Evaluation, decode_bytes, feature_statistics,
+                              merge_over_processes, perceptual_distance, reconstruction_scores,
+                              trained_classifier)
 from tokpost.metrics import FrechetStatistics, frechet_distance
 from tokpost.run import Run
 
@@ -21,16 +22,19 @@ class Lookup:
         self.images, self.change = images[:], change
         self.codebook = torch.arange(len(images))[:, None].float()
         self.numbers = {image.numpy().tobytes(): i for i, image in reversed(list(enumerate(self.images)))}
-    def encode(self, images): return torch.tensor([[self.numbers[image.numpy().tobytes()]] for image in images])
+    def encode(self, images):
+        return torch.tensor([[self.numbers[image.numpy().tobytes()]] for image in images])
     def decode(self, indices): return self.change(self.images[indices[:, 0]])
 
 def test_training_images_are_at_no_distance_from_themselves(evaluation):
     N = len(evaluation.train)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:, None]
-    tokenizer, noisy = Lookup(evaluation.train), Lookup(evaluation.train, lambda x: x + .1*torch.randn_like(x))
+    tokenizer = Lookup(evaluation.train)
+    noisy = Lookup(evaluation.train, lambda x: x + .1*torch.randn_like(x))
     scores = evaluation.generation(tokenizer.decode, order)
     assert scores['gfid'] < 1e-6 and scores['n'] == N
-    assert scores['features'] == 'digits classifier' and scores['features_fingerprint'] == evaluation.network.fingerprint
+    assert scores['features'] == 'digits classifier'
+    assert scores['features_fingerprint'] == evaluation.network.fingerprint
     assert evaluation.generation(noisy.decode, order)['gfid'] > .01
 
 def test_batch_size_changes_nothing(evaluation):
@@ -65,16 +69,20 @@ def test_other_images_or_networks_have_statistics_of_their_own(evaluation, monke
 
 def test_the_network_that_scores_is_not_the_one_that_trains(evaluation):
     scoring, training = evaluation.network.network, evaluation.perceptual.classifier
-    metric, loss = (trained_classifier(evaluation.run, evaluation.train, seed) for seed in (METRIC_SEED, LOSS_SEED))
-    weights = {name: network.stem[0][0].weight for name, network in dict(metric=metric, loss=loss, training=training).items()}
-    assert torch.equal(weights['training'], weights['loss']) and not torch.equal(weights['metric'], weights['loss'])
+    metric, loss = (trained_classifier(evaluation.run, evaluation.train, seed)
+                    for seed in (METRIC_SEED, LOSS_SEED))
+    weights = dict(metric=metric, loss=loss, training=training)
+    weights = {name: network.stem[0][0].weight for name, network in weights.items()}
+    assert torch.equal(weights['training'], weights['loss'])
+    assert not torch.equal(weights['metric'], weights['loss'])
     scoring_weights = [p for p in scoring.parameters() if p.shape == weights['metric'].shape]
     assert torch.equal(scoring_weights[0], weights['metric'])
     assert not any(p.requires_grad for network in (scoring, training) for p in network.parameters())
     folders = {folder.name for folder in evaluation.run.root.glob('runs/smoke/classifier-*')}
     assert len(folders) == 2
 
-@pytest.mark.parametrize('perceptual, message', [('vgg', "'lpips', 'classifier' or None, got 'vgg'"), (None, None)])
+@pytest.mark.parametrize('perceptual, message',
+                         [('vgg', "'lpips', 'classifier' or None, got 'vgg'"), (None, None)])
 def test_perceptual_loss_by_name(evaluation, perceptual, message):
     run = Run('x', changes={'losses.perceptual': perceptual})
     if message is None: assert perceptual_distance(run, evaluation.train) is None
@@ -94,7 +102,8 @@ def test_reconstruction_scores_equal_loop(evaluation):
     assert scores['codebook_usage'] == pytest.approx((counts > 0).double().mean().item())
     assert scores['perplexity'] == pytest.approx(np.exp(-(share*share.log()).sum().item()))
     made = FrechetStatistics(evaluation.network.dim).update(evaluation.network(decoded.float()))
-    assert scores['rfid'] == pytest.approx(frechet_distance(made, evaluation.statistics('validation')), rel=1e-4)
+    expected = frechet_distance(made, evaluation.statistics('validation'))
+    assert scores['rfid'] == pytest.approx(expected, rel=1e-4)
     assert scores['n'] == len(images) and 0 < scores['ssim'] < 1
 
 def test_perfect_reconstruction(evaluation):

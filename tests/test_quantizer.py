@@ -3,7 +3,8 @@ import math
 import pytest, torch, torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tokpost.quantizer import VectorQuantizer, code_counts, codebook_usage, nearest_codes, perplexity, straight_through
+from tokpost.quantizer import (VectorQuantizer, code_counts, codebook_usage, nearest_codes, perplexity,
+                               straight_through)
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 
@@ -33,9 +34,11 @@ def test_nearest_codes_equal_loop(z, codebook):
 @pytest.mark.parametrize('chunk', [1, 32, 33, 100, 10**9])
 def test_nearest_codes_do_not_depend_on_chunk(z, codebook, chunk, count):
     features = z.flatten(0, 1)
-    assert torch.equal(nearest_codes(features, codebook, count, chunk), nearest_codes(features, codebook, count))
+    found = nearest_codes(features, codebook, count, chunk)
+    assert torch.equal(found, nearest_codes(features, codebook, count))
 
-def test_nearest_codes_of_nothing(codebook): assert nearest_codes(torch.empty(0, 6), codebook, 2).shape == (0, 2)
+def test_nearest_codes_of_nothing(codebook):
+    assert nearest_codes(torch.empty(0, 6), codebook, 2).shape == (0, 2)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_search_is_in_float32_under_autocast(dtype):
@@ -45,7 +48,8 @@ def test_search_is_in_float32_under_autocast(dtype):
         found = nearest_codes(codebook.to(dtype), codebook)
         quantizer = quantizer_of(codebook, normalize=False)
         z_q, indices, losses = quantizer(codebook[None])
-    expected = torch.stack([(codebook.double()-f.double()).square().sum(1).argmin() for f in codebook.to(dtype)])
+    double = codebook.double()
+    expected = torch.stack([(double-f.double()).square().sum(1).argmin() for f in codebook.to(dtype)])
     assert torch.equal(found[:, 0], expected)
     assert torch.equal(indices[0], torch.arange(64))
     assert {z_q.dtype, *(loss.dtype for loss in losses.values())} == {torch.float32}
@@ -68,7 +72,8 @@ def test_a_quarter_of_a_million_codes_fit_in_memory():
     with Largest() as largest: indices = VectorQuantizer(K, 3).assign(features[None])
     assert largest.size <= 2**24 < K*M and indices.shape == (1, M)
 
-@pytest.mark.parametrize('count, width, message', [(0, 6, r'count must be in \[1, 32\], got 0'), (33, 6, 'got 33'),
+@pytest.mark.parametrize('count, width, message', [(0, 6, r'count must be in \[1, 32\], got 0'),
+                                                   (33, 6, r'count must be in \[1, 32\], got 33'),
                                                    (1, 5, "codebook's 6 channels, got 5")])
 def test_bad_searches_are_refused(codebook, count, width, message):
     with pytest.raises(ValueError, match=message): nearest_codes(torch.zeros(4, width), codebook, count)
@@ -164,7 +169,8 @@ def test_dead_codes_restart_on_features(z, normalize, ema_decay):
     results = [each(z) for each in (quantizer, usual)]
     assert torch.equal(quantizer.embedding[:8], usual.embedding[:8])
     distances = torch.cdist(quantizer.embedding[8:], z.flatten(0, 1)).amin(1)
-    assert (distances < .1).all() and (torch.cdist(usual.embedding[8:], z.flatten(0, 1)).amin(1) > 1).sum() > 4
+    left = torch.cdist(usual.embedding[8:], z.flatten(0, 1)).amin(1)
+    assert (distances < .1).all() and (left > 1).sum() > 4
     assert (quantizer.assign(z) >= 8).any()
     gradients = []
     for z_q, _, losses in results:
@@ -178,7 +184,8 @@ def test_restarts_revive_a_collapsed_codebook():
     features = torch.randn(64, 16, 4, generator=rng())
     usages = []
     for restart in (0., .2):
-        quantizer = quantizer_of(torch.full((64, 4), 9.) + torch.eye(64)[:, :4], normalize=False, ema_decay=.9, restart=restart)
+        codebook = torch.full((64, 4), 9.) + torch.eye(64)[:, :4]
+        quantizer = quantizer_of(codebook, normalize=False, ema_decay=.9, restart=restart)
         for _ in range(30): indices = quantizer(features)[1]
         usages.append(codebook_usage(code_counts(indices, 64)))
     assert usages[0] < .3 and usages[1] > .9
@@ -205,10 +212,13 @@ def test_evaluation_changes_nothing(z, codebook):
     assert all(torch.equal(before[k], v) for k, v in quantizer.state_dict().items())
 
 @pytest.mark.parametrize('options, message', [
-    (dict(codebook_size=1), 'codebook_size must be at least 2, got 1'), (dict(ema_decay=1.), r'\[0, 1\), got 1'),
-    (dict(restart=-.1), r'restart must be in \[0, 1\)'), (dict(initialize='kmeans'), "'uniform' or 'data', got 'kmeans'")])
+    (dict(codebook_size=1), 'codebook_size must be at least 2, got 1'),
+    (dict(ema_decay=1.), r'ema_decay must be in \[0, 1\), got 1'),
+    (dict(restart=-.1), r'restart must be in \[0, 1\), got -0.1'),
+    (dict(initialize='kmeans'), "'uniform' or 'data', got 'kmeans'")])
 def test_bad_quantizers_are_refused(options, message):
-    with pytest.raises(ValueError, match=message): VectorQuantizer(**dict(codebook_size=8, code_dim=2) | options)
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizer(**dict(codebook_size=8, code_dim=2) | options)
 
 def test_uniform_start_is_the_papers():
     embedding = VectorQuantizer(1000, 8).embedding

@@ -340,7 +340,7 @@ def check_tokens(
     if len(labels) and not 0 <= indices.min() <= indices.max() < K:
         raise ValueError(f"indices must be in [0, {K}), got {indices.min()} to {indices.max()}")
 
-# %% ../nbs/04_autoregressive.ipynb #4fd6f4cc
+# %% ../nbs/04_autoregressive.ipynb #5da8a377
 def train_generator(
     model:RAR,             # trained in place
     store,                 # `TokenStore`, or (indices (rows, N), labels (rows,))
@@ -370,7 +370,7 @@ def train_generator(
                 schedule=warmup_cosine(steps, warmup, final_lr), name='generator', **loop)
     batches = token_batches(store, batch_size, fold(seed, 'tokens'), loop.start, here.rank,
                             here.world)
-    model.train()
+    here.compile(model).train()
     for step, (indices, labels) in zip(loop, batches):
         check_tokens(model, indices, labels)
         indices, labels = indices.to(here.device), labels.to(here.device)

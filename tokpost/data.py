@@ -113,7 +113,7 @@ def _open(source, split):
     table = table.select_columns([image])
     return table if image == 'image' else table.rename_column(image, 'image'), labels, classes, cut
 
-# %% ../nbs/00_data.ipynb #9840b76a
+# %% ../nbs/00_data.ipynb #ce8d945e
 class Images:
     "A split of an image source, at one size."
     def __init__(self,
@@ -160,7 +160,9 @@ class Images:
             if image is not None: return image
 
     def _try(self, i, rng=None):
-        try: return torch.from_numpy(square_crop(self._decode_raw(i), self.image_size, rng).copy()).permute(2, 0, 1)
+        try:
+            pixels = square_crop(self._decode_raw(i), self.image_size, rng)
+            return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError) as error:
             row = self.rows[i]
             path = row.get('image', row).get('path') or f'row {i}'
@@ -202,7 +204,7 @@ def load_images(
         rows = [rows[int(i)] for i in keep] if isinstance(rows, list) else rows.select(keep)
     return Images(rows, labels, classes, image_size, Path(source).name, memory)
 
-# %% ../nbs/00_data.ipynb #c16c530c
+# %% ../nbs/00_data.ipynb #aa7e1c84
 def draw_rows(
     count:int,      # number of rows to draw from
     batch_size:int, # rows per step, over all processes
@@ -212,7 +214,8 @@ def draw_rows(
     world:int=1,    # number of processes
 )->Iterator:        # endless; (step, positions, rows), int64 arrays of batch_size/world
     "Row numbers step by step, in random order, every row once per epoch."
-    if batch_size % world: raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
+    if batch_size % world:
+        raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
     if count < 1: raise ValueError("there are no rows to draw from")
     order = lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(count)
     epochs, step = {}, start
@@ -224,7 +227,7 @@ def draw_rows(
         yield step, places[rank::world], rows[rank::world]
         step += 1
 
-# %% ../nbs/00_data.ipynb #1c3f314d
+# %% ../nbs/00_data.ipynb #fae7896f
 class _Crops(torch.utils.data.Dataset):
     "Random crops, each a function of seed and position."
     def __init__(self, images, seed): self.images, self.seed = images, seed
@@ -269,10 +272,11 @@ def eval_batches(
     world:int=1,        # number of processes
 )->Iterator:            # images (B, 3, H, W) in [-1, 1], labels (B,); the last batch may be smaller
     "One ordered pass, centre crops; each process takes every `world`-th batch."
-    parts = np.array_split(np.arange(count or len(images)), range(batch_size, count or len(images), batch_size))
+    count = count or len(images)
+    parts = np.array_split(np.arange(count), range(batch_size, count, batch_size))
     for rows in parts[rank::world]: yield images[rows], images.labels[rows]
 
-# %% ../nbs/00_data.ipynb #12f89326
+# %% ../nbs/00_data.ipynb #0813741c
 class TokenStore:
     "Tokens of a data set, memory-mapped."
     def __init__(self,
@@ -285,9 +289,10 @@ class TokenStore:
         info = json.loads((folder/'store.json').read_text())
         self.folder, self.made_by, self.codebook_size = folder, info['made_by'], info['codebook_size']
         for key, ours in json.loads(json.dumps(made_by or {})).items():
-            if self.made_by.get(key) != ours:
-                raise ValueError(f"the token store {folder} was made by another {key} "
-                                 f"({self.made_by.get(key)!r}, not {ours!r}); delete it or name another folder")
+            theirs = self.made_by.get(key)
+            if theirs != ours:
+                raise ValueError(f"the token store {folder} was made by another {key} ({theirs!r}, not "
+                                 f"{ours!r}); delete it or name another folder")
         self.indices = np.load(folder/'indices.npy', mmap_mode='r')
         self.labels = torch.from_numpy(np.load(folder/'labels.npy'))
         self.sources = torch.from_numpy(np.load(folder/'sources.npy'))

@@ -6,7 +6,7 @@
 __all__ = ['METRIC_SEED', 'LOSS_SEED', 'trained_classifier', 'feature_network', 'perceptual_distance', 'merge_over_processes',
            'feature_statistics', 'decode_bytes', 'Evaluation', 'reconstruction_scores']
 
-# %% ../nbs/01_evaluate.ipynb #95d2315e
+# %% ../nbs/01_evaluate.ipynb #8996d89e
 import os
 from pathlib import Path
 from typing import Callable, Iterable
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .data import eval_batches, load_images, to_images, to_pixels
 from .metrics import (Classifier, ClassifierFeatures, FeatureNetwork, FrechetStatistics,
-    PerceptualDistance, fidelity_metrics, frechet_distance, load_feature_network, load_lpips, psnr,
-    ssim, train_classifier)
+    PerceptualDistance, codebook_usage, frechet_distance, load_feature_network, load_lpips, perplexity,
+    psnr, ssim, train_classifier)
 from .run import Processes, Run, cached
 
 # %% ../nbs/01_evaluate.ipynb #ad0dfb9f
@@ -59,7 +59,7 @@ def perceptual_distance(
     if name == 'lpips': return load_lpips('vgg', device=run.here.device)
     return PerceptualDistance(trained_classifier(run, images, LOSS_SEED))
 
-# %% ../nbs/01_evaluate.ipynb #dcb350b2
+# %% ../nbs/01_evaluate.ipynb #857ed714
 def merge_over_processes(
     statistics:FrechetStatistics, # of this process
 )->FrechetStatistics:             # of all
@@ -87,9 +87,11 @@ def decode_bytes(
     indices:Tensor,  # (B, N) long
 )->Tensor:           # (B, 3, H, W) in [-1, 1], of 256 levels, on the CPU
     "Decode as if to a file and back."
-    return to_images(to_pixels(decode(indices))).cpu()
+    images = decode(indices)
+    if not images.isfinite().all(): raise ValueError("decode must return finite images, got NaN or infinity")
+    return to_images(to_pixels(images)).cpu()
 
-# %% ../nbs/01_evaluate.ipynb #de3b8a85
+# %% ../nbs/01_evaluate.ipynb #1f735f3c
 class Evaluation:
     "The ruler of a preset: images, feature network, reference statistics."
     def __init__(self,
@@ -140,10 +142,11 @@ class Evaluation:
         "Fréchet distance of decoded tokens to the training images."
         here = self.run.here
         parts = indices.split(self.batch_size)[here.rank::here.world]
-        made = feature_statistics((decode_bytes(decode, part.to(here.device)) for part in parts), self.network)
+        images = (decode_bytes(decode, part.to(here.device)) for part in parts)
+        made = feature_statistics(images, self.network)
         return dict(gfid=frechet_distance(made, self.statistics('train')), n=made.count, **self.about)
 
-# %% ../nbs/01_evaluate.ipynb #c3d8929d
+# %% ../nbs/01_evaluate.ipynb #ff21d2a4
 @torch.no_grad()
 def reconstruction_scores(
     evaluation:Evaluation, # of the preset
@@ -152,16 +155,15 @@ def reconstruction_scores(
     "How well a tokenizer reconstructs the validation images."
     here, K = evaluation.run.here, len(tokenizer.codebook)
     made, counts = FrechetStatistics(evaluation.network.dim), torch.zeros(K)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2)
     for images, _ in evaluation.batches('validation'):
         indices = tokenizer.encode(images.to(here.device))
         decoded = decode_bytes(tokenizer.decode, indices)
         made.update(evaluation.network(decoded))
         counts += torch.bincount(indices.flatten().cpu(), minlength=K)
-        sums += torch.stack([psnr(decoded, images).sum(), ssim(decoded, images).sum(), torch.tensor(float(len(images)))])
-    made, sums, counts = merge_over_processes(made), here.sum(sums.to(here.device)).cpu(), here.sum(counts.to(here.device)).cpu()
-    share = counts.double()/counts.sum()
+        sums += torch.stack([psnr(decoded, images).sum(), ssim(decoded, images).sum()])
+    made, (sums, counts) = merge_over_processes(made), (here.sum(x.to(here.device)).cpu() for x in (sums, counts))
     return dict(rfid=frechet_distance(made, evaluation.statistics('validation')),
-                psnr=(sums[0]/sums[2]).item(), ssim=(sums[1]/sums[2]).item(),
-                codebook_usage=(counts > 0).double().mean().item(),
-                perplexity=torch.special.entr(share).sum().exp().item(), n=made.count, **evaluation.about)
+                psnr=sums[0].item()/made.count, ssim=sums[1].item()/made.count,
+                codebook_usage=codebook_usage(counts), perplexity=perplexity(counts), n=made.count,
+                **evaluation.about)

@@ -81,7 +81,7 @@ def _head(channels):
         return nn.Sequential(spectral_norm(conv), _LocalBatchNorm(channels), nn.LeakyReLU(.2))
     return nn.Sequential(block(1), _Residual(block(9)), spectral_norm(nn.Conv1d(channels, 1, 1)))
 
-# %% ../nbs/02_losses.ipynb #8c9870c0
+# %% ../nbs/02_losses.ipynb #670b031d
 def frozen_vit(
     name:str,             # timm model
     pretrained:bool=True, # False: random weights, for tests
@@ -124,7 +124,8 @@ class DINODiscriminator(nn.Module):
         if room > 0 and torch.rand(()) < .5:
             top, left = torch.randint(room+1, (2,)).tolist()
             images = images[..., top:top+self.side, left:left+self.side]
-        elif room: images = F.interpolate(images, (self.side, self.side), mode='area' if room > 0 else 'bicubic')
+        elif room:
+            images = F.interpolate(images, (self.side,)*2, mode='area' if room > 0 else 'bicubic')
         return (images/2+.5-self.mean)/self.std
 
     def forward(self, images):  # (B, heads*patches) logits
@@ -242,7 +243,7 @@ def _adaptive_weight(image, adversarial, last_layer):
         lengths.append(here.sum(pull.float()).norm()/here.world)
     return (lengths[0]/(lengths[1]+1e-4)).clamp(0, 1e4)
 
-# %% ../nbs/02_losses.ipynb #05e3c6fa
+# %% ../nbs/02_losses.ipynb #e9c5142a
 def semantic_loss(
     tokens:Tensor,      # (B, D) mean quantized token of each image
     semantics:Tensor,   # (B, D) class feature of each image, projected to D
@@ -254,5 +255,6 @@ def semantic_loss(
     if Processes().world > 1:
         from torch.distributed.nn.functional import all_gather
         tokens, semantics = (torch.cat(all_gather(x.contiguous())) for x in (tokens, semantics))
-    logits, target = scale*tokens.float() @ semantics.float().T, torch.arange(len(tokens), device=tokens.device)
+    logits = scale*tokens.float() @ semantics.float().T                  # (B, B)
+    target = torch.arange(len(tokens), device=tokens.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_uint8', 'FrechetStatistics', 'frechet_distance', 'FeatureNetwork', 'load_feature_network', 'Classifier',
            'train_classifier', 'ClassifierFeatures', 'extract_features', 'psnr', 'ssim', 'PerceptualDistance',
-           'load_lpips', 'fidelity_metrics', 'maximum_mean_discrepancy']
+           'load_lpips', 'fidelity_metrics', 'codebook_usage', 'perplexity', 'maximum_mean_discrepancy']
 
 # %% ../nbs/00_metrics.ipynb #7a370dc6
 import copy, hashlib, os, pickle, warnings
@@ -438,7 +438,20 @@ def fidelity_metrics(
     scores = prc_features_to_metric(a, b, **how)
     return result | dict(precision=scores['precision'], recall=scores['recall'])
 
-# %% ../nbs/00_metrics.ipynb #0719a7b9
+# %% ../nbs/00_metrics.ipynb #51b94089
+def codebook_usage(
+    counts:Tensor, # (K,) how often each code was drawn, over all images that count
+)->float:          # in [0, 1]
+    "Share of codes that were drawn."
+    return (counts > 0).double().mean().item()
+
+def perplexity(
+    counts:Tensor, # (K,) how often each code was drawn, over all images that count
+)->float:          # in [1, K], codes in effective use
+    "Exponential of the entropy of code use."
+    return torch.special.entr(counts.double()/counts.sum()).sum().exp().item()
+
+# %% ../nbs/00_metrics.ipynb #24e2114c
 def maximum_mean_discrepancy(
     a:Tensor, # (N, D), N >= 2
     b:Tensor, # (M, D), M >= 2

@@ -15,7 +15,7 @@ from .losses import Adversary, ImageLoss, backward
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, warmup_cosine
 from .tokenizer import train_discriminator
 
-# %% ../nbs/05_post_train.ipynb #53d4a9b2
+# %% ../nbs/05_post_train.ipynb #4af6730a
 def make_pairs(
     folder,           # of the token store
     tokenizer,        # frozen; has `encode`, `decode` and `codebook`
@@ -31,7 +31,8 @@ def make_pairs(
 )->TokenStore:        # indices (count, N), labels, and the row of each real image in `sources`
     "Let the generator rewrite the tokens of real images (RobusTok, sec. 3.3)."
     if not 0 <= sigma <= 1: raise ValueError(f"sigma must be in [0, 1], got {sigma}")
-    if form not in ('reencoded', 'direct'): raise ValueError(f"form must be 'reencoded' or 'direct', got {form!r}")
+    if form not in ('reencoded', 'direct'):
+        raise ValueError(f"form must be 'reencoded' or 'direct', got {form!r}")
     if count < 1: raise ValueError(f"count must be at least 1, got {count}")
     here, K = Processes(), len(tokenizer.codebook)
     rows = torch.from_numpy(next(draw_rows(len(images), count, fold(seed, 'pairs') % 2**32))[2])
@@ -44,9 +45,11 @@ def make_pairs(
         draws = seeded(seed, 'rewrite', int(batch[0]), device=here.device)
         written = generator.sample(images.labels[rows[batch]].to(here.device), indices=true, sigma=sigma,
                                    generator=draws, **(sampling or {}))
-        return tokenizer.encode(to_images(to_pixels(tokenizer.decode(written)))) if form == 'reencoded' else written
+        if form == 'direct': return written
+        return tokenizer.encode(to_images(to_pixels(tokenizer.decode(written))))
 
-    made_by = dict(made_by or {}, sigma=sigma, form=form, seed=seed, sampling=sampling or {}, images=images.fingerprint)
+    made_by = dict(made_by or {}, sigma=sigma, form=form, seed=seed, sampling=sampling or {},
+                   images=images.fingerprint)
     return make_token_store(folder, make, images.labels[rows], tokens, K, made_by, rows, batch_size,
                             here.rank, here.world, here.wait, name=f'pairs at sigma {sigma:g}')
 
@@ -68,7 +71,7 @@ def stored_pairs(
     return make_pairs(folder/'tokens', tokenizer, generator, images, sigma, form=form, made_by=made_by,
                       sampling=sampling, seed=seed, **options)
 
-# %% ../nbs/05_post_train.ipynb #f318706b
+# %% ../nbs/05_post_train.ipynb #4ed904c9
 def post_train(
     tokenizer,               # its decoder is trained in place; has `encode`, `decode` and `codebook`
     pairs:TokenStore,        # indices, and `sources`: rows of the real images
@@ -99,10 +102,12 @@ def post_train(
     last_layer = [w for w in weights if w.dim() > 1][-1] if last_layer is None else last_layer
     optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0.)
     parts = dict(decoder=decoder, optimizer=optimizer, ema=EMA(decoder, ema_decay(steps, ema_horizon)))
+    here.compile(decoder)
     if adversary:
         parts.update(adversary=adversary.to(here.device).train(), discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
-    config = dict(config or {}, pairs=pairs.made_by, judged=judged.made_by if judged else None, batch_size=batch_size, lr=lr)
+    config = dict(config or {}, pairs=pairs.made_by, judged=judged.made_by if judged else None,
+                  batch_size=batch_size, lr=lr)
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps, warmup, final_lr),
                 log_every=max(1, steps//500), name='post-training')
     drawn = lambda store, seed: draw_rows(len(store), batch_size, seed, loop.start, here.rank, here.world)
@@ -120,7 +125,8 @@ def post_train(
         parts['ema'].update(decoder)
         if adversary:
             fake = reconstruction if picture is None else picture
-            log['discriminator'] = train_discriminator(adversary, real, fake, parts['discriminator_optimizer'])
+            log['discriminator'] = train_discriminator(adversary, real, fake,
+                                                       parts['discriminator_optimizer'])
         loop.log(**log)
     decoder.load_state_dict(parts['ema'].module.state_dict())
     decoder.eval().requires_grad_(False)

@@ -100,7 +100,10 @@ class Processes:
         for p in parameters: torch.distributed.all_reduce(p.grad)
         for p in parameters: p.grad /= self.world
 
-# %% ../nbs/00_run.ipynb #9b3b0010
+# %% ../nbs/00_run.ipynb #dceab0a7
+if os.getenv('IN_TEST'): torch.set_num_threads(1)
+
+# %% ../nbs/00_run.ipynb #5691d5b7
 def write_atomic(
     path:str|Path,  # where the file will be
     write:Callable, # writes the file at the path it is given
@@ -119,7 +122,7 @@ def write_atomic(
     finally: beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_run.ipynb #9b01f2e6
+# %% ../nbs/00_run.ipynb #bc421527
 def _pack(value, name, tensors):
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to('cpu', copy=True).contiguous()
@@ -159,7 +162,7 @@ def load_state(
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
-# %% ../nbs/00_run.ipynb #6c321a75
+# %% ../nbs/00_run.ipynb #aa968c8a
 def warmup_cosine(
     steps:int,       # optimizer steps of the whole run
     warmup:int=0,    # steps of linear warm-up
@@ -172,7 +175,7 @@ def warmup_cosine(
         return final + (1-final)*(1 + math.cos(math.pi*progress))/2
     return factor
 
-# %% ../nbs/00_run.ipynb #2c28172d
+# %% ../nbs/00_run.ipynb #eb3255f0
 class EMA(AveragedModel):
     "Exponential moving average of a module's parameters and buffers, in eval mode."
     def __init__(self,
@@ -196,7 +199,7 @@ def ema_decay(
     "The decay whose horizon is a given share of the run."
     return min(largest, 1 - 1/max(2, horizon*steps))
 
-# %% ../nbs/00_run.ipynb #ad9ec614
+# %% ../nbs/00_run.ipynb #1d4a0c33
 class Loop:
     "The steps of a training run: resumed, seeded, logged, saved (iterate over it)."
     def __init__(self,
@@ -262,7 +265,8 @@ class Loop:
         if loss.device.type == 'cpu': self._stop_if_not_finite()
         if self.step % self.log_every == 0 or self.step == self.steps-1:
             self._stop_if_not_finite()
-            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in dict(loss=loss, **values).items()}
+            values = dict(loss=loss, **values)
+            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
             self.rows.append(dict(step=self.step, **values))
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
@@ -287,10 +291,10 @@ class Loop:
                 done = self.step + 1
                 if done % self.checkpoint_every == 0 or done == self.steps: self.save(done)
 
-# %% ../nbs/00_run.ipynb #2d4303ad
+# %% ../nbs/00_run.ipynb #757793c3
 PRESETS = {}
 
-# %% ../nbs/00_run.ipynb #264848b7
+# %% ../nbs/00_run.ipynb #13b30cd6
 PRESETS['smoke'] = dict(
     data='digits', image_size=16, precision='fp32',
     tokenizer=dict(architecture='cnn', codebook_size=64, code_dim=8, width=16, multipliers=(1, 2, 2),
@@ -307,7 +311,7 @@ PRESETS['smoke'] = dict(
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
     sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #18da0d2d
+# %% ../nbs/00_run.ipynb #06e37aaa
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=24,
@@ -325,7 +329,7 @@ PRESETS['laptop'] = dict(
                     classifier_steps=440),
     sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
-# %% ../nbs/00_run.ipynb #22bce684
+# %% ../nbs/00_run.ipynb #b60c2635
 PRESETS['small'] = dict(
     data='tiny-imagenet', image_size=64, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=4096, code_dim=32, width=96,
@@ -341,7 +345,7 @@ PRESETS['small'] = dict(
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
     sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #2d295bdd
+# %% ../nbs/00_run.ipynb #1eddff1d
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
@@ -357,7 +361,7 @@ PRESETS['full'] = dict(
     evaluation=dict(features='inception', samples=50_000, batch_size=250),
     sigmas=(1., .9, .8, .7), seeds=(0,), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #4ae94ec6
+# %% ../nbs/00_run.ipynb #0bd491ec
 def project_root()->Path: # nearest folder upward with a settings.ini, else the working directory
     "Where `runs` and `figures` live, for Jupyter, Papermill and tests alike."
     for folder in (Path.cwd(), *Path.cwd().parents):
@@ -389,7 +393,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #c9a41828
+# %% ../nbs/00_run.ipynb #3699ed5d
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -477,7 +481,7 @@ class Run:
         where = f'{self.here.device}, {self.here.precision}, {self.here.world} process(es)'
         return f"Run {self.name!r}: preset {self.preset!r}, data {self.data!r}, seed {self.seed}, {where}"
 
-# %% ../nbs/00_run.ipynb #25050ac7
+# %% ../nbs/00_run.ipynb #86c501fe
 def read_table(
     name:str,          # of the result
     preset:str='',     # '' takes the largest preset that has it
@@ -493,7 +497,7 @@ def read_table(
             return table
     raise FileNotFoundError(f"no result {name!r} under {project_root()/out}; run its notebook first")
 
-# %% ../nbs/00_run.ipynb #7219717a
+# %% ../nbs/00_run.ipynb #e35c69d7
 def cached(
     path:str|Path,  # a .safetensors file, usually in `Run.folder`
     make:Callable,  # () -> nested state of tensors and numbers

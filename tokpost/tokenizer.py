@@ -7,13 +7,14 @@ __all__ = ['ResidualBlock', 'SelfAttention', 'cnn_encoder', 'cnn_decoder', 'ViTE
            'build_tokenizer', 'build_adversary', 'SemanticTeacher', 'train_tokenizer', 'train_discriminator',
            'main_trained', 'tokenize']
 
-# %% ../nbs/03_tokenizer.ipynb #2c1e6a5e
+# %% ../nbs/03_tokenizer.ipynb #bd64120d
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Images, TokenStore, image_batches, make_token_store
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, PatchDiscriminator, backward, frozen_vit, semantic_loss
+from .losses import (Adversary, DINODiscriminator, ImageLoss, PatchDiscriminator, backward, frozen_vit,
+                            semantic_loss)
 from .perturbation import PerturbationSchedule, perturb_quantized
 from .quantizer import VectorQuantizer
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
@@ -153,7 +154,7 @@ class ViTDecoder(_LatentTransformer):
         patches = self.pixels(x[:, 1:1+self.side**2]).transpose(1, 2)         # (B, 3*P*P, N)
         return F.fold(patches, self.side*self.patch_size, self.patch_size, stride=self.patch_size)
 
-# %% ../nbs/03_tokenizer.ipynb #b2ff79b6
+# %% ../nbs/03_tokenizer.ipynb #2b979583
 class Tokenizer(nn.Module):
     "Encoder, quantizer and decoder."
     def __init__(self,
@@ -165,7 +166,8 @@ class Tokenizer(nn.Module):
     ):
         super().__init__()
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.image_size, self._last = image_size, [n for n, p in decoder.named_parameters() if p is last_layer][0]
+        self.image_size = image_size
+        self._last = next(n for n, p in decoder.named_parameters() if p is last_layer)
 
     @property
     def codebook(self)->Tensor: return self.quantizer.codebook  # (K, D)
@@ -229,7 +231,7 @@ def build_tokenizer(
         codes = VectorQuantizer(codebook_size, code_dim, **(quantizer or {}))
     return Tokenizer(encoder, codes, decoder, image_size, last_layer)
 
-# %% ../nbs/03_tokenizer.ipynb #cb6c306e
+# %% ../nbs/03_tokenizer.ipynb #4827470d
 def build_adversary(
     kind:str|None='patch', # 'patch' | 'dino' | None: off
     image_size:int=256,    # pixels
@@ -238,13 +240,14 @@ def build_adversary(
     **options,             # of `Adversary`
 )->Adversary|None:         # untrained
     "The adversary that a preset names."
-    if kind not in ('patch', 'dino', None): raise ValueError(f"kind must be 'patch', 'dino' or None, got {kind!r}")
+    if kind not in ('patch', 'dino', None):
+        raise ValueError(f"kind must be 'patch', 'dino' or None, got {kind!r}")
     if kind is None: return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == 'patch': return Adversary(PatchDiscriminator(width, 2 if image_size < 64 else 3), **options)
-        from tokpost.losses import DINODiscriminator
-        return Adversary(DINODiscriminator(), **options)
+        layers = 2 if image_size < 64 else 3
+        discriminator = PatchDiscriminator(width, layers) if kind == 'patch' else DINODiscriminator()
+    return Adversary(discriminator, **options)
 
 # %% ../nbs/03_tokenizer.ipynb #2dd96ca4
 class SemanticTeacher(nn.Module):
@@ -271,7 +274,7 @@ class SemanticTeacher(nn.Module):
         with torch.no_grad(): tokens = self.network.forward_features((images/2+.5-self.mean)/self.std)
         return self.project(tokens[:, 0])
 
-# %% ../nbs/03_tokenizer.ipynb #52ff9bb6
+# %% ../nbs/03_tokenizer.ipynb #e615478c
 def train_tokenizer(
     tokenizer:Tokenizer,     # trained in place; ends with its averaged weights
     images:Images,           # training split
@@ -303,12 +306,14 @@ def train_tokenizer(
     weights = [*tokenizer.parameters(), *(teacher.project.parameters() if teacher else ())]
     optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0.)
     parts = dict(tokenizer=tokenizer, optimizer=optimizer, ema=EMA(tokenizer, ema_decay(steps, ema_horizon)))
+    for network in (tokenizer.encoder, tokenizer.decoder): here.compile(network)
     if teacher: parts['projection'] = teacher.project
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
     loop = Loop(folder, steps, parts, seed, dict(config or {}, batch_size=batch_size, lr=lr, steps=steps),
-                schedule=warmup_cosine(steps, warmup, final_lr), log_every=max(1, steps//500), name='main training')
+                schedule=warmup_cosine(steps, warmup, final_lr), log_every=max(1, steps//500),
+                name='main training')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):
         batch, active = batch.to(here.device), adversary if step >= start else None
@@ -325,7 +330,9 @@ def train_tokenizer(
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()
         parts['ema'].update(tokenizer)
-        if active: log['discriminator'] = train_discriminator(active, batch, reconstruction, parts['discriminator_optimizer'])
+        if active:
+            log['discriminator'] = train_discriminator(active, batch, reconstruction,
+                                                       parts['discriminator_optimizer'])
         loop.log(**log)
     tokenizer.load_state_dict(parts['ema'].module.state_dict())
     tokenizer.eval()
@@ -346,7 +353,7 @@ def train_discriminator(
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/03_tokenizer.ipynb #482ebe3d
+# %% ../nbs/03_tokenizer.ipynb #43e03e9e
 def main_trained(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -358,13 +365,15 @@ def main_trained(
     about = dict(size['tokenizer'], **tokenizer_changes)
     losses, perturbation = dict(size['losses']), size['perturbation'] if perturbed else None
     tokenizer = build_tokenizer(size['image_size'], seed=fold(run.seed, 'tokenizer'), **about)
-    losses.pop('perceptual', None)
-    teacher = SemanticTeacher(tokenizer.codebook.shape[1], size['image_size']) if losses.pop('semantic', False) else None
-    adversary = build_adversary(losses.pop('adversary', None), size['image_size'], seed=fold(run.seed, 'adversary'), **losses)
-    folder = run.folder('tokenizer', **about, losses=size['losses'], perturbation=perturbation, **size['main_training'])
-    train_tokenizer(tokenizer, evaluation.train, image_loss=ImageLoss(evaluation.perceptual), adversary=adversary,
-                    perturbation=PerturbationSchedule(**perturbation) if perturbed else None, teacher=teacher,
-                    seed=run.seed, folder=folder, precision=run.here.precision, **size['main_training'])
+    kind, semantic, _ = (losses.pop(key, None) for key in ('adversary', 'semantic', 'perceptual'))
+    teacher = SemanticTeacher(about['code_dim'], size['image_size']) if semantic else None
+    adversary = build_adversary(kind, size['image_size'], seed=fold(run.seed, 'adversary'), **losses)
+    folder = run.folder('tokenizer', **about, losses=size['losses'], perturbation=perturbation,
+                        **size['main_training'])
+    schedule = PerturbationSchedule(**perturbation) if perturbed else None
+    train_tokenizer(tokenizer, evaluation.train, image_loss=ImageLoss(evaluation.perceptual),
+                    adversary=adversary, perturbation=schedule, teacher=teacher, seed=run.seed, folder=folder,
+                    precision=run.here.precision, **size['main_training'])
     return tokenizer, adversary, folder.name
 
 def tokenize(
@@ -378,5 +387,5 @@ def tokenize(
     with torch.no_grad(): tokens = tokenizer.encode(images[[0]].to(here.device)).shape[1]
     def make(rows): return tokenizer.encode(images[rows].to(here.device))
     about = dict(tokenizer=made_by, images=images.fingerprint)
-    return make_token_store(run.folder('tokens', **about)/'tokens', make, images.labels, tokens, len(tokenizer.codebook),
-                            about, rank=here.rank, world=here.world, wait=here.wait)
+    return make_token_store(run.folder('tokens', **about)/'tokens', make, images.labels, tokens,
+                            len(tokenizer.codebook), about, rank=here.rank, world=here.world, wait=here.wait)

@@ -218,7 +218,6 @@ def test_a_picture_of_absurd_size_is_unreadable(class_folders):
     with pytest.warns(UserWarning, match='1.png'): assert len(splits(folder.parent)[0]) == 9
 
 def test_too_many_unreadable_images_are_an_error():
-    pixels = np.zeros((9, 9), np.uint8)
     kinds = dict(array=np.zeros((9, 9), np.uint8)), dict(bytes=b'damaged')
     rows = [dict(kinds[i % 2], path=f'{i}.png') for i in range(30)]
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='set: 11 images .* the limit is 10'):

@@ -199,7 +199,7 @@ def ema_decay(
     "The decay whose horizon is a given share of the run."
     return min(largest, 1 - 1/max(2, horizon*steps))
 
-# %% ../nbs/00_run.ipynb #1d4a0c33
+# %% ../nbs/00_run.ipynb #d924d3b9
 class Loop:
     "The steps of a training run: resumed, seeded, logged, saved (iterate over it)."
     def __init__(self,
@@ -242,6 +242,9 @@ class Loop:
         "Write the checkpoint; only the main process writes."
         self._stop_if_not_finite()
         if self.path is None: return
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(t.isfinite().all() for t in part.state_dict().values()):
+                self._stop(f"the weights of {name} are not finite after step {step-1}")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         if self.here.is_main:
             save_state(self.path, dict(step=step, seconds=self.elapsed(), config=self.config,
@@ -271,10 +274,11 @@ class Loop:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def _stop_if_not_finite(self):
-        if self.bad is None or self.bad < 0: return
+        if self.bad is not None and self.bad >= 0: self._stop(f"the loss is not finite at step {int(self.bad)}")
+
+    def _stop(self, why):
         kept = f"{self.path} holds step {self.saved}" if self.saved else "no checkpoint was saved yet"
-        raise FloatingPointError(f"{self.name}: the loss is not finite at step {int(self.bad)}; "
-                                 f"{kept}. Lower the learning rate or raise the warm-up")
+        raise FloatingPointError(f"{self.name}: {why}; {kept}. Lower the learning rate or raise the warm-up")
 
     def __iter__(self):
         self.bad, self.began = None, time.perf_counter()

@@ -283,7 +283,10 @@ def test_random_crops_do_not_depend_on_workers(natural):
     streams = [take(image_batches(natural, 4, seed=5, augment=True, workers=workers), 5)
                for workers in (0, 2)]
     for one, two in zip(*streams): assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    assert len({image.numpy().tobytes() for batch, _ in streams[0] for image in batch}) > 6
+
+def test_an_image_is_cropped_anew_in_every_epoch():
+    batches = take(image_batches(images_of([noise((40, 26))]), 1, seed=5, augment=True, workers=0), 40)
+    assert len({batch.numpy().tobytes() for batch, _ in batches}) > 20
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_batches_leave_the_global_generator_alone(natural, workers):

@@ -3,8 +3,8 @@ import math
 import pytest, torch, torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tokpost.quantizer import (VectorQuantizer, code_counts, codebook_usage, nearest_codes, perplexity,
-                               straight_through)
+from tokpost.metrics import codebook_usage, perplexity
+from tokpost.quantizer import VectorQuantizer, code_counts, nearest_codes, straight_through
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 

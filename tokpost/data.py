@@ -59,7 +59,7 @@ def find_source(
         if path.exists(): return path
     return HUB.get(source, source)
 
-# %% ../nbs/00_data.ipynb #c3252fcc
+# %% ../nbs/00_data.ipynb #cf955dbb
 def _digits():
     from sklearn.datasets import load_digits
     found = load_digits()
@@ -72,14 +72,15 @@ def _local_files(path, split):
     if path.is_file(): return dict(path='parquet', data_files=str(path)), True
     parquet = sorted(path.glob('**/*.parquet'))
     if parquet:
-        has = {s: [str(p) for p in parquet if p.name.startswith(SPLITS[s])] for s in SPLITS}
+        named = lambda name: [str(p) for p in parquet if p.name.startswith(name)]
+        has = {s: next(filter(None, map(named, SPLITS[s])), []) for s in SPLITS}  # the first name that is there
         if has['train'] and has['validation']: return dict(path='parquet', data_files=has[split]), False
         return dict(path='parquet', data_files=[str(p) for p in parquet]), True
     folders = {p.name: p for p in path.iterdir() if p.is_dir()}
     if 'train' in folders and any(n in folders for n in SPLITS['validation']):
         folder = next(folders[n] for n in names if n in folders)
-        return dict(path='imagefolder', data_dir=str(folder)), False
-    return dict(path='imagefolder', data_dir=str(path)), True
+        return dict(path='imagefolder', data_files=f'{folder}/**'), False
+    return dict(path='imagefolder', data_files=f'{path}/**'), True
 
 # %% ../nbs/00_data.ipynb #2c6a1e26
 def _open(source, split):
@@ -113,7 +114,7 @@ def _open(source, split):
     table = table.select_columns([image])
     return table if image == 'image' else table.rename_column(image, 'image'), labels, classes, cut
 
-# %% ../nbs/00_data.ipynb #ce8d945e
+# %% ../nbs/00_data.ipynb #522a481c
 class Images:
     "A split of an image source, at one size."
     def __init__(self,
@@ -130,7 +131,10 @@ class Images:
         self.name, self.flips, self.passed_over = name, name not in NEVER_FLIPPED, []
         self.allowed = max(10, int(unreadable*len(labels)))
         self.labels, self.pixels = torch.as_tensor(labels, dtype=torch.long), None
-        self.crops = max(self._decode_raw(0).size) > image_size
+        for i in range(len(labels)):
+            if self._try(i) is not None: break
+        else: raise ValueError(f"{name}: no image of this split can be read ({len(labels)} files)")
+        self.crops = max(self._decode_raw(i).size) > image_size
         if len(labels)*3*image_size**2 <= memory: self._decode_all()
 
     def __len__(self): return len(self.labels)
@@ -153,17 +157,19 @@ class Images:
     def read(self,
         i:int,    # row number
         rng=None, # numpy generator for a random crop; None cuts the centre
-    )->Tensor|None: # (3, image_size, image_size) uint8; the next readable row if this one is not
+    )->Tensor:# (3, image_size, image_size) uint8; the next readable row of its class if this one is not
         "Decode one image."
-        for j in range(i, i+len(self)):
-            image = self._try(j % len(self), rng)
+        same = (self.labels == self.labels[i]).nonzero().flatten().tolist()
+        for j in [j for j in same if j >= i] + [j for j in same if j < i]:
+            image = self._try(j, rng)
             if image is not None: return image
+        raise ValueError(f"{self.name}: no image of class {int(self.labels[i])} can be read")
 
     def _try(self, i, rng=None):
         try:
             pixels = square_crop(self._decode_raw(i), self.image_size, rng)
             return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             row = self.rows[i]
             path = row.get('image', row).get('path') or f'row {i}'
             if path not in self.passed_over: self.passed_over.append(path)
@@ -176,8 +182,10 @@ class Images:
         bar = dict(desc=f'decoding {self.name}', leave=False, mininterval=.5, disable=len(self) < 5000)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = list(tqdm(pool.map(self._try, range(len(self))), total=len(self), **bar))
-        self.labels = self.labels[torch.tensor([image is not None for image in decoded])]
-        self.pixels = torch.stack([image for image in decoded if image is not None])
+        kept = [i for i, image in enumerate(decoded) if image is not None]
+        select = getattr(self.rows, 'select', lambda kept: [self.rows[i] for i in kept])
+        self.rows = select(kept)
+        self.labels, self.pixels = self.labels[kept], torch.stack([decoded[i] for i in kept])
 
     @property
     def fingerprint(self)->str: # 12 hexadecimal digits
@@ -186,7 +194,7 @@ class Images:
         text = f'{len(self)} {self.image_size}'.encode() + self.labels.numpy().tobytes()
         return hashlib.blake2b(text + to_pixels(self[some]).numpy().tobytes(), digest_size=6).hexdigest()
 
-# %% ../nbs/00_data.ipynb #41ae81a9
+# %% ../nbs/00_data.ipynb #d55f25b0
 def load_images(
     source:str='digits',  # 'digits', a path, a name under $TOKPOST_DATA, or a Hugging Face data set
     split:str='train',    # 'train' | 'validation'
@@ -202,7 +210,7 @@ def load_images(
         keep = np.sort(order[:held_out] if split == 'validation' else order[held_out:])
         labels = labels[keep]
         rows = [rows[int(i)] for i in keep] if isinstance(rows, list) else rows.select(keep)
-    return Images(rows, labels, classes, image_size, Path(source).name, memory)
+    return Images(rows, labels, classes, image_size, Path(source).stem, memory)
 
 # %% ../nbs/00_data.ipynb #aa7e1c84
 def draw_rows(
@@ -227,7 +235,7 @@ def draw_rows(
         yield step, places[rank::world], rows[rank::world]
         step += 1
 
-# %% ../nbs/00_data.ipynb #fae7896f
+# %% ../nbs/00_data.ipynb #2dedefcf
 class _Crops(torch.utils.data.Dataset):
     "Random crops, each a function of seed and position."
     def __init__(self, images, seed): self.images, self.seed = images, seed
@@ -240,7 +248,8 @@ def _streamed(images, seed, drawn, workers):
     "Decode batches of rows in worker processes, in order."
     sampler = ([(int(p), int(r)) for p, r in zip(places, rows)] for _, places, rows in drawn)
     return torch.utils.data.DataLoader(_Crops(images, seed), batch_sampler=sampler, num_workers=workers,
-                                       prefetch_factor=4 if workers else None, collate_fn=torch.stack)
+                                       prefetch_factor=4 if workers else None, collate_fn=torch.stack,
+                                       generator=torch.Generator()) # leaves the global one alone
 
 def image_batches(
     images:Images,      # of `load_images`
@@ -305,7 +314,7 @@ class TokenStore:
         "Tokens by row number."
         return torch.from_numpy(self.indices[rows].astype(np.int64))
 
-# %% ../nbs/00_data.ipynb #b8a960d5
+# %% ../nbs/00_data.ipynb #cfa0a153
 def make_token_store(
     folder:str|Path,  # of the store
     make:Callable,    # (B,) int array of row numbers -> (B, N) long indices; a function of the rows alone
@@ -322,9 +331,10 @@ def make_token_store(
 )->TokenStore:        # complete
     "Open a token store; make what is missing of it."
     folder, count = Path(folder), len(labels)
-    if (folder/'store.json').exists(): return TokenStore(folder, made_by)
+    if (folder/'store.json').exists(): return _whole(TokenStore(folder, made_by), count, num_tokens)
     beside = folder.with_name(f'.{folder.name}.partial')
-    info = dict(made_by=json.loads(json.dumps(made_by)), codebook_size=codebook_size, batch_size=batch_size)
+    info = dict(made_by=json.loads(json.dumps(made_by)), codebook_size=codebook_size, batch_size=batch_size,
+                shape=[count, num_tokens])
     if rank == 0: _begin_store(beside, info, count, num_tokens, labels, sources)
     wait()
     indices, done = (np.load(beside/f'{n}.npy', mmap_mode='r+') for n in ('indices', 'done'))
@@ -343,7 +353,12 @@ def make_token_store(
     wait()
     return TokenStore(folder, made_by)
 
-# %% ../nbs/00_data.ipynb #f3b6eb67
+# %% ../nbs/00_data.ipynb #01b1cd7b
+def _whole(store, count, num_tokens):
+    if store.indices.shape == (count, num_tokens): return store
+    raise ValueError(f"the token store {store.folder} has shape {store.indices.shape}, this run needs "
+                     f"{(count, num_tokens)}; delete it or name another folder")
+
 def _begin_store(beside, info, count, num_tokens, labels, sources):
     "Reserve the disk space, unless a killed run with the same plan left it."
     plan = beside/'store.json'

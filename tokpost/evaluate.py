@@ -91,7 +91,7 @@ def decode_bytes(
     if not images.isfinite().all(): raise ValueError("decode must return finite images, got NaN or infinity")
     return to_images(to_pixels(images)).cpu()
 
-# %% ../nbs/01_evaluate.ipynb #1f735f3c
+# %% ../nbs/01_evaluate.ipynb #f9156f0d
 class Evaluation:
     "The ruler of a preset: images, feature network, reference statistics."
     def __init__(self,
@@ -119,7 +119,7 @@ class Evaluation:
     )->FrechetStatistics:
         "Statistics of the real images, kept on disk by their fingerprint and the network's."
         images = getattr(self, split)
-        folder = self.run.folder('statistics', images=images.fingerprint, network=self.network.fingerprint,
+        folder = self.run.folder('statistics', seed=METRIC_SEED, images=images.fingerprint, network=self.network.fingerprint,
                                  count=self.reconstructions if split == 'validation' else None)
         path, here = folder/'statistics.safetensors', self.run.here
         if not path.exists():

@@ -64,7 +64,7 @@ def _draw_rows(rows, count):
     noise = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(count))
     return rows[drawn.to(rows.device)] + .01*rows.std()*noise.to(rows.device)
 
-# %% ../nbs/01_quantizer.ipynb #9a2a145d
+# %% ../nbs/01_quantizer.ipynb #2e81a4c0
 class VectorQuantizer(nn.Module):
     "Nearest-code quantizer with straight-through gradient (RobusTok, Eq. 1; VQ-VAE)."
     def __init__(self,
@@ -125,7 +125,8 @@ class VectorQuantizer(nn.Module):
         rows = self.flatten(z)
         if self.training and not self.started: _start(self, rows)
         indices = self.assign(rows)
-        codes = F.embedding(indices, self.codebook)
+        codes = F.embedding(indices, self.embedding)  # rows, which `_restart` leaves alone
+        if self.normalize: codes = F.normalize(codes, dim=-1)
         if self.training and self.ema_decay: _move_means(self, rows, indices)
         if self.training and self.restart: _restart(self, rows, indices)
         losses = dict(commitment_loss=self.commitment_cost*F.mse_loss(rows, codes.detach()))

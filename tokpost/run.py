@@ -45,7 +45,7 @@ def fast_bfloat16(
     names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
 
-# %% ../nbs/00_run.ipynb #eb1b64fc
+# %% ../nbs/00_run.ipynb #e8f59bcb
 class Processes:
     "The processes that share this run, and the numerical precision they compute in."
     def __init__(self,
@@ -96,6 +96,8 @@ class Processes:
         "Average gradients over processes; a parameter without gradient on one counts as zero there."
         if self.world == 1: return
         parameters = [p for p in parameters if p.requires_grad]
+        used = torch.tensor([p.grad is not None for p in parameters], device=self.device).float()
+        parameters = [p for p, some in zip(parameters, self.sum(used).tolist()) if some]
         for p in parameters: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for p in parameters: torch.distributed.all_reduce(p.grad)
         for p in parameters: p.grad /= self.world
@@ -122,9 +124,10 @@ def write_atomic(
     finally: beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_run.ipynb #bc421527
+# %% ../nbs/00_run.ipynb #600a4950
 def _pack(value, name, tensors):
     if isinstance(value, Tensor):
+        if name in tensors: name = f'{name}#{len(tensors)}' # {'a.b': ..., 'a': {'b': ...}}
         tensors[name] = value.detach().to('cpu', copy=True).contiguous()
         return {'tensor': name}
     if isinstance(value, dict):
@@ -159,7 +162,7 @@ def load_state(
         with safe_open(path, 'pt') as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return _unpack(json.loads(file.metadata()['state']), tensors)
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 # %% ../nbs/00_run.ipynb #aa968c8a
@@ -199,7 +202,7 @@ def ema_decay(
     "The decay whose horizon is a given share of the run."
     return min(largest, 1 - 1/max(2, horizon*steps))
 
-# %% ../nbs/00_run.ipynb #d924d3b9
+# %% ../nbs/00_run.ipynb #8a31e7e7
 class Loop:
     "The steps of a training run: resumed, seeded, logged, saved (iterate over it)."
     def __init__(self,
@@ -232,7 +235,11 @@ class Loop:
             if ours != theirs:
                 raise ValueError(f"{self.path} was made with {key}={theirs!r}, this run has "
                                  f"{key}={ours!r}; choose another folder or delete the checkpoint")
-        for name, part in self.parts.items(): part.load_state_dict(state['parts'][name])
+        for name, part in self.parts.items():
+            try: part.load_state_dict(state['parts'][name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{self.path} does not fit this run's {name} ({error}); "
+                                 f"choose another folder or delete the checkpoint") from error
         self.start, self.seconds, self.rows = state['step'], state['seconds'], state['rows']
         self.saved = self.start
 
@@ -269,7 +276,7 @@ class Loop:
         if self.step % self.log_every == 0 or self.step == self.steps-1:
             self._stop_if_not_finite()
             values = dict(loss=loss, **values)
-            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+            values = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}
             self.rows.append(dict(step=self.step, **values))
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
@@ -365,7 +372,7 @@ PRESETS['full'] = dict(
     evaluation=dict(features='inception', samples=50_000, batch_size=250),
     sigmas=(1., .9, .8, .7), seeds=(0,), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #0bd491ec
+# %% ../nbs/00_run.ipynb #f2a83dd2
 def project_root()->Path: # nearest folder upward with a settings.ini, else the working directory
     "Where `runs` and `figures` live, for Jupyter, Papermill and tests alike."
     for folder in (Path.cwd(), *Path.cwd().parents):
@@ -382,7 +389,8 @@ def environment()->dict: # commit, versions, device, threads
     "What a number depends on besides the code's arguments."
     root = project_root()
     def git(*args):
-        done = subprocess.run(['git', '-C', root, *args], capture_output=True, text=True)
+        try: done = subprocess.run(['git', '-C', root, *args], capture_output=True, text=True)
+        except OSError: return '' # git is not installed
         return done.stdout.strip() if done.returncode == 0 else ''
     from importlib.metadata import PackageNotFoundError, version
     versions = {}
@@ -397,7 +405,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #3699ed5d
+# %% ../nbs/00_run.ipynb #8a241c9a
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -423,7 +431,7 @@ class Run:
         *path, last = key.split('.')
         place = self.size
         for name in path: place = place.get(name) if isinstance(place, dict) else None
-        if place is None or not path and last not in place:
+        if not isinstance(place, dict) or not path and last not in place:
             raise ValueError(f"changes must name an entry of the preset, such as "
                              f"'main_training.steps', got {key!r}")
         place[last] = value
@@ -501,14 +509,13 @@ def read_table(
             return table
     raise FileNotFoundError(f"no result {name!r} under {project_root()/out}; run its notebook first")
 
-# %% ../nbs/00_run.ipynb #e35c69d7
+# %% ../nbs/00_run.ipynb #8591ead4
 def cached(
     path:str|Path,  # a .safetensors file, usually in `Run.folder`
     make:Callable,  # () -> nested state of tensors and numbers
 ):                  # what `make` returned, now or earlier
     "Make something once; the main process writes, the others read."
     here = Processes()
-    if not Path(path).exists():
-        if here.is_main: save_state(path, make())
-        here.wait()
+    if here.is_main and not Path(path).exists(): save_state(path, make())
+    here.wait() # also where the file is there already: another process may have seen it missing
     return load_state(path)

@@ -81,9 +81,9 @@ def test_semantic_loss_by_loops():
 
 def test_dino_discriminator_freezes_its_backbone_and_sees_pieces_and_wholes():
     net = DINODiscriminator('vit_tiny_patch16_224', pretrained=False, side=32).train()
-    assert not net.backbone.training and not any(p.requires_grad for p in net.backbone.parameters())
-    width = net.backbone.embed_dim
-    assert all((block.attn.qkv.bias[width:2*width] == 0).all() for block in net.backbone.blocks)
+    assert not net.network.training and not any(p.requires_grad for p in net.network.parameters())
+    width = net.network.embed_dim
+    assert all((block.attn.qkv.bias[width:2*width] == 0).all() for block in net.network.blocks)
     images = torch.rand(8, 3, 48, 48, requires_grad=True)
     shapes = {net.view(images).shape for _ in range(8)}
     assert shapes == {(8, 3, 32, 32)}

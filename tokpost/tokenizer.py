@@ -7,14 +7,14 @@ __all__ = ['ResidualBlock', 'SelfAttention', 'cnn_encoder', 'cnn_decoder', 'ViTE
            'build_tokenizer', 'build_adversary', 'SemanticTeacher', 'train_tokenizer', 'train_discriminator',
            'main_trained', 'tokenize']
 
-# %% ../nbs/03_tokenizer.ipynb #bd64120d
+# %% ../nbs/03_tokenizer.ipynb #15c5e20b
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Images, TokenStore, image_batches, make_token_store
 from .evaluate import Evaluation
-from .losses import (Adversary, DINODiscriminator, ImageLoss, PatchDiscriminator, backward, frozen_vit,
-                            semantic_loss)
+from .losses import (Adversary, DINODiscriminator, FrozenViT, ImageLoss, PatchDiscriminator, backward,
+                            frozen_vit, semantic_loss)
 from .perturbation import PerturbationSchedule, perturb_quantized
 from .quantizer import VectorQuantizer
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
@@ -249,8 +249,8 @@ def build_adversary(
         discriminator = PatchDiscriminator(width, layers) if kind == 'patch' else DINODiscriminator()
     return Adversary(discriminator, **options)
 
-# %% ../nbs/03_tokenizer.ipynb #2dd96ca4
-class SemanticTeacher(nn.Module):
+# %% ../nbs/03_tokenizer.ipynb #a4cad8a4
+class SemanticTeacher(FrozenViT):
     "A frozen DINOv2 class feature, projected to code space (RobusTok, sec. 3.2)."
     def __init__(self,
         code_dim:int,         # channels of a code
@@ -259,19 +259,11 @@ class SemanticTeacher(nn.Module):
         patch_size:int=16,    # pixels
         pretrained:bool=True, # False: random weights, for tests
     ):
-        super().__init__()
-        self.network = frozen_vit(model, pretrained, img_size=image_size, patch_size=patch_size)
+        super().__init__(model, pretrained, img_size=image_size, patch_size=patch_size)
         self.project = nn.Linear(self.network.embed_dim, code_dim)
-        for name, shift in (('mean', (.485, .456, .406)), ('std', (.229, .224, .225))):
-            self.register_buffer(name, torch.tensor(shift)[:, None, None], persistent=False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.network.eval()
-        return self
 
     def forward(self, images):  # (B, 3, H, W) -> (B, code_dim)
-        with torch.no_grad(): tokens = self.network.forward_features((images/2+.5-self.mean)/self.std)
+        with torch.no_grad(): tokens = self.network.forward_features(self.normalize(images))
         return self.project(tokens[:, 0])
 
 # %% ../nbs/03_tokenizer.ipynb #e615478c

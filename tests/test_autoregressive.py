@@ -3,10 +3,11 @@ import math
 import pytest, torch, torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
-from tokpost.autoregressive import (RAR, CachedDecoding, decay_groups, draw_tokens, drop_classes, filter_logits,
-                                    guidance_weights, preservation_mask, random_orders, randomness,
-                                    sample_tokens, token_loss, train_generator, write_tokens)
+from tokpost.autoregressive import (RAR, CachedDecoding, random_orders, randomness, sample_tokens, token_loss,
+                                    train_generator, write_tokens)
 from tokpost.data import make_token_store
+from tokpost.networks import decay_groups
+from tokpost.sampling import draw_tokens, drop_classes, filter_logits, guidance_weights, preservation_mask
 
 K, N, C = 23, 16, 5
 SIZES = dict(codebook_size=K, num_tokens=N, num_classes=C, width=24, depth=3, heads=3)

@@ -11,10 +11,10 @@ from torch import nn
 import tokpost.post_train as module
 from tokpost.autoregressive import RAR
 from tokpost.data import load_images, to_images, to_pixels
-from tokpost.losses import ImageLoss
+from tokpost.losses import ImageLoss, build_adversary
 from tokpost.post_train import make_pairs, post_train
 from tokpost.run import PRESETS, load_state
-from tokpost.tokenizer import build_adversary, build_tokenizer
+from tokpost.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tokpost.data import load_images
-from tokpost.losses import ImageLoss, backward
+from tokpost.losses import ImageLoss, backward, build_adversary
+from tokpost.networks import cnn_decoder, cnn_encoder
 from tokpost.perturbation import PerturbationSchedule
 from tokpost.run import PRESETS, load_state
-from tokpost.tokenizer import (SemanticTeacher, ViTDecoder, ViTEncoder, build_adversary, build_tokenizer,
-                               cnn_decoder, cnn_encoder, train_tokenizer)
+from tokpost.tokenizer import SemanticTeacher, ViTDecoder, ViTEncoder, build_tokenizer, train_tokenizer
 
 SIZES = PRESETS['smoke']['tokenizer']
 TINY = dict(model='vit_tiny_patch16_224', patch_size=8, pretrained=False)

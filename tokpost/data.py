@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HUB', 'SPLITS', 'NEVER_FLIPPED', 'square_crop', 'to_images', 'to_pixels', 'find_source', 'Images', 'load_images',
-           'draw_rows', 'image_batches', 'eval_batches', 'TokenStore', 'make_token_store', 'token_batches']
+           'draw_rows', 'image_batches', 'eval_batches', 'TokenStore', 'LatentStore', 'make_token_store',
+           'make_latent_store', 'token_batches']
 
-# %% ../nbs/00_data.ipynb #28920147
-import hashlib, io, json, os, shutil, warnings
+# %% ../nbs/00_data.ipynb #72437034
+import hashlib, io, json, math, os, shutil, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator
@@ -285,11 +286,11 @@ def eval_batches(
     parts = np.array_split(np.arange(count), range(batch_size, count, batch_size))
     for rows in parts[rank::world]: yield images[rows], images.labels[rows]
 
-# %% ../nbs/00_data.ipynb #0813741c
-class TokenStore:
-    "Tokens of a data set, memory-mapped."
+# %% ../nbs/00_data.ipynb #62030647
+class _Store:
+    "Rows of one array with their labels, memory-mapped."
     def __init__(self,
-        folder:str|Path, # made by `make_token_store`
+        folder:str|Path,        # a complete store
         made_by:dict|None=None, # refuse a store that was made by anything else
     ):
         folder = Path(folder)
@@ -302,19 +303,67 @@ class TokenStore:
             if theirs != ours:
                 raise ValueError(f"the token store {folder} was made by another {key} ({theirs!r}, not "
                                  f"{ours!r}); delete it or name another folder")
-        self.indices = np.load(folder/'indices.npy', mmap_mode='r')
+        self.rows = np.load(folder/'indices.npy', mmap_mode='r')
         self.labels = torch.from_numpy(np.load(folder/'labels.npy'))
         self.sources = torch.from_numpy(np.load(folder/'sources.npy'))
 
-    def __len__(self): return len(self.indices)
+    def __len__(self): return len(self.rows)
+
+class TokenStore(_Store):
+    "Tokens of a data set, memory-mapped."
+    @property
+    def indices(self): return self.rows # (rows, N) of two or four bytes
 
     def __getitem__(self,
         rows,   # int array, list or slice of row numbers
     )->Tensor:  # (B, N) long
         "Tokens by row number."
-        return torch.from_numpy(self.indices[rows].astype(np.int64))
+        return torch.from_numpy(self.rows[rows].astype(np.int64))
 
-# %% ../nbs/00_data.ipynb #cfa0a153
+class LatentStore(_Store):
+    "Latents of a data set, memory-mapped."
+    @property
+    def latents(self): return self.rows # (rows, C, H, W) float32
+
+    def __getitem__(self,
+        rows,   # int array, list or slice of row numbers
+    )->Tensor:  # (B, C, H, W) float32
+        "Latents by row number."
+        return torch.from_numpy(np.array(self.rows[rows]))
+
+# %% ../nbs/00_data.ipynb #dfd96dfb
+def _make_store(kind, folder, make, labels, shape, codebook_size, made_by, sources, batch_size, rank, world, wait, name):
+    "Open a store; make what is missing of it."
+    folder, count, shape = Path(folder), len(labels), tuple(shape)
+    if (folder/'store.json').exists(): return _whole(kind(folder, made_by), count, shape)
+    beside = folder.with_name(f'.{folder.name}.partial')
+    info = dict(made_by=json.loads(json.dumps(made_by)), codebook_size=codebook_size, batch_size=batch_size,
+                shape=[count, *shape])
+    if rank == 0: _begin_store(beside, info, labels, sources)
+    wait()
+    rows_made, done = (np.load(beside/f'{n}.npy', mmap_mode='r+') for n in ('indices', 'done'))
+    missing = [b for b in range(rank, len(done), world) if not done[b]]
+    for b in tqdm(missing, desc=name, leave=False, mininterval=.5, disable=rank > 0):
+        rows = np.arange(b*batch_size, min((b+1)*batch_size, count))
+        made = make(rows)
+        _check_made(made, (len(rows), *shape), codebook_size)
+        rows_made[rows] = made.cpu().numpy()
+        done[b] = True
+    rows_made.flush()
+    wait()
+    if rank == 0: os.replace(beside, folder)
+    wait()
+    return kind(folder, made_by)
+
+def _check_made(made, shape, codebook_size):
+    if codebook_size is None:
+        if made.shape != shape or not made.isfinite().all():
+            raise ValueError(f"latents must be finite and {shape}, got {tuple(made.shape)}"
+                             f"{'' if made.isfinite().all() else ' with NaN or infinity'}")
+    elif made.shape != shape or made.min() < 0 or made.max() >= codebook_size:
+        raise ValueError(f"indices must be {shape} in [0, {codebook_size}), got "
+                         f"{tuple(made.shape)} in [{int(made.min())}, {int(made.max())}]")
+
 def make_token_store(
     folder:str|Path,  # of the store
     make:Callable,    # (B,) int array of row numbers -> (B, N) long indices; a function of the rows alone
@@ -330,60 +379,58 @@ def make_token_store(
     name:str='tokens',# label of the progress bar
 )->TokenStore:        # complete
     "Open a token store; make what is missing of it."
-    folder, count = Path(folder), len(labels)
-    if (folder/'store.json').exists(): return _whole(TokenStore(folder, made_by), count, num_tokens)
-    beside = folder.with_name(f'.{folder.name}.partial')
-    info = dict(made_by=json.loads(json.dumps(made_by)), codebook_size=codebook_size, batch_size=batch_size,
-                shape=[count, num_tokens])
-    if rank == 0: _begin_store(beside, info, count, num_tokens, labels, sources)
-    wait()
-    indices, done = (np.load(beside/f'{n}.npy', mmap_mode='r+') for n in ('indices', 'done'))
-    missing = [b for b in range(rank, len(done), world) if not done[b]]
-    for b in tqdm(missing, desc=name, leave=False, mininterval=.5, disable=rank > 0):
-        rows = np.arange(b*batch_size, min((b+1)*batch_size, count))
-        made = make(rows)
-        if made.shape != (len(rows), num_tokens) or made.min() < 0 or made.max() >= codebook_size:
-            raise ValueError(f"indices must be ({len(rows)}, {num_tokens}) in [0, {codebook_size}), got "
-                             f"{tuple(made.shape)} in [{int(made.min())}, {int(made.max())}]")
-        indices[rows] = made.cpu().numpy()
-        done[b] = True
-    indices.flush()
-    wait()
-    if rank == 0: os.replace(beside, folder)
-    wait()
-    return TokenStore(folder, made_by)
+    return _make_store(TokenStore, folder, make, labels, (num_tokens,), codebook_size, made_by, sources,
+                       batch_size, rank, world, wait, name)
 
-# %% ../nbs/00_data.ipynb #01b1cd7b
-def _whole(store, count, num_tokens):
-    if store.indices.shape == (count, num_tokens): return store
-    raise ValueError(f"the token store {store.folder} has shape {store.indices.shape}, this run needs "
-                     f"{(count, num_tokens)}; delete it or name another folder")
+def make_latent_store(
+    folder:str|Path,  # of the store
+    make:Callable,    # (B,) int array of row numbers -> (B, *shape) latents; a function of the rows alone
+    labels:Tensor,    # (rows,) class of each row
+    shape:tuple,      # (C, H, W) of a latent
+    made_by:dict,     # JSON-ready; names the autoencoder and whatever else the latents depend on
+    sources:Tensor|None=None, # (rows,) image that each row came from; None: its own number
+    batch_size:int=256, # rows per call of `make`
+    rank:int=0,       # of this process
+    world:int=1,      # number of processes
+    wait:Callable=lambda: None, # returns when every process has called it
+    name:str='latents', # label of the progress bar
+)->LatentStore:       # complete, float32
+    "Open a store of latents; make what is missing of it."
+    return _make_store(LatentStore, folder, make, labels, shape, None, made_by, sources, batch_size, rank,
+                       world, wait, name)
 
-def _begin_store(beside, info, count, num_tokens, labels, sources):
+# %% ../nbs/00_data.ipynb #583e4b56
+def _whole(store, count, shape):
+    if store.rows.shape == (count, *shape): return store
+    raise ValueError(f"the token store {store.folder} has shape {store.rows.shape}, this run needs "
+                     f"{(count, *shape)}; delete it or name another folder")
+
+def _begin_store(beside, info, labels, sources):
     "Reserve the disk space, unless a killed run with the same plan left it."
     plan = beside/'store.json'
     if plan.exists() and json.loads(plan.read_text()) == info: return
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    kind = np.uint16 if info['codebook_size'] <= 2**16 else np.uint32
-    free, need = shutil.disk_usage(beside).free, count*num_tokens*np.dtype(kind).itemsize
+    K, shape = info['codebook_size'], tuple(info['shape'])
+    kind = np.float32 if K is None else np.uint16 if K <= 2**16 else np.uint32
+    free, need = shutil.disk_usage(beside).free, math.prod(shape)*np.dtype(kind).itemsize
     if need > free:
         shutil.rmtree(beside)
         raise OSError(f"the token store {beside} needs {need:,} bytes, the disk has {free:,} left")
-    np.lib.format.open_memmap(beside/'indices.npy', 'w+', kind, (count, num_tokens)).flush()
-    np.save(beside/'done.npy', np.zeros(-(-count//info['batch_size']), bool))
+    np.lib.format.open_memmap(beside/'indices.npy', 'w+', kind, shape).flush()
+    np.save(beside/'done.npy', np.zeros(-(-shape[0]//info['batch_size']), bool))
     np.save(beside/'labels.npy', np.asarray(labels, np.int64))
-    np.save(beside/'sources.npy', np.arange(count) if sources is None else np.asarray(sources, np.int64))
+    np.save(beside/'sources.npy', np.arange(shape[0]) if sources is None else np.asarray(sources, np.int64))
     plan.write_text(json.dumps(info))
 
 def token_batches(
-    store:TokenStore, # or anything with len, [rows] and `.labels`
+    store:TokenStore, # or `LatentStore`, or anything with len, [rows] and `.labels`
     batch_size:int,   # rows per step, over all processes
     seed:int=0,       # decides the order
     start:int=0,      # first step
     rank:int=0,       # of this process
     world:int=1,      # number of processes
-)->Iterator:          # endless; indices (batch_size/world, N) long, labels (batch_size/world,)
+)->Iterator:          # endless; indices (batch_size/world, N) long or latents, labels (batch_size/world,)
     "Training batches of tokens that are a function of seed and step."
     for _, _, rows in draw_rows(len(store), batch_size, seed, start, rank, world):
         yield store[rows], store.labels[rows]

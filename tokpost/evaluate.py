@@ -6,8 +6,8 @@
 __all__ = ['METRIC_SEED', 'LOSS_SEED', 'trained_classifier', 'feature_network', 'perceptual_distance', 'merge_over_processes',
            'feature_statistics', 'decode_bytes', 'Evaluation', 'reconstruction_scores']
 
-# %% ../nbs/01_evaluate.ipynb #8996d89e
-import os
+# %% ../nbs/01_evaluate.ipynb #a2c0fa55
+import math, os
 from pathlib import Path
 from typing import Callable, Iterable
 import torch
@@ -146,24 +146,24 @@ class Evaluation:
         made = feature_statistics(images, self.network)
         return dict(gfid=frechet_distance(made, self.statistics('train')), n=made.count, **self.about)
 
-# %% ../nbs/01_evaluate.ipynb #ff21d2a4
+# %% ../nbs/01_evaluate.ipynb #a67c4b11
 @torch.no_grad()
 def reconstruction_scores(
     evaluation:Evaluation, # of the preset
-    tokenizer,             # has `encode`, `decode` and `codebook`
-)->dict:                   # rfid, psnr (dB), ssim, codebook_usage and perplexity, n, features
-    "How well a tokenizer reconstructs the validation images."
-    here, K = evaluation.run.here, len(tokenizer.codebook)
-    made, counts = FrechetStatistics(evaluation.network.dim), torch.zeros(K)
-    sums = torch.zeros(2)
+    tokenizer,             # has `encode` and `decode`, and `codebook` if it is discrete
+)->dict:                   # rfid, psnr (dB), ssim, n, features; of indices codebook_usage, perplexity, tokens, bits per image
+    "How well a tokenizer or a continuous autoencoder reconstructs the validation images."
+    here, K = evaluation.run.here, len(getattr(tokenizer, 'codebook', ()))
+    made, counts, sums = FrechetStatistics(evaluation.network.dim), torch.zeros(K), torch.zeros(2)
     for images, _ in evaluation.batches('validation'):
-        indices = tokenizer.encode(images.to(here.device))
-        decoded = decode_bytes(tokenizer.decode, indices)
+        code = tokenizer.encode(images.to(here.device))                   # indices or latents
+        decoded = decode_bytes(tokenizer.decode, code)
         made.update(evaluation.network(decoded))
-        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
+        if K: counts += torch.bincount(code.flatten().cpu(), minlength=K)
         sums += torch.stack([psnr(decoded, images).sum(), ssim(decoded, images).sum()])
     made, (sums, counts) = merge_over_processes(made), (here.sum(x.to(here.device)).cpu() for x in (sums, counts))
-    return dict(rfid=frechet_distance(made, evaluation.statistics('validation')),
-                psnr=sums[0].item()/made.count, ssim=sums[1].item()/made.count,
-                codebook_usage=codebook_usage(counts), perplexity=perplexity(counts), n=made.count,
-                **evaluation.about)
+    scores = dict(rfid=frechet_distance(made, evaluation.statistics('validation')), psnr=sums[0].item()/made.count,
+                  ssim=sums[1].item()/made.count)
+    if K: scores.update(codebook_usage=codebook_usage(counts), perplexity=perplexity(counts), tokens=code.shape[1],
+                        bits=code.shape[1]*math.log2(K))
+    return dict(scores, n=made.count, **evaluation.about)

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['make_pairs', 'stored_pairs', 'post_train']
 
-# %% ../nbs/05_post_train.ipynb #288cf007
+# %% ../nbs/05_post_train.ipynb #569fcd26
 import copy
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .data import Images, TokenStore, draw_rows, make_token_store, to_images, to_pixels
-from .losses import Adversary, ImageLoss, backward
+from .losses import Adversary, ImageLoss, backward, train_discriminator
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, warmup_cosine
-from .tokenizer import train_discriminator
 
 # %% ../nbs/05_post_train.ipynb #4af6730a
 def make_pairs(
@@ -71,7 +70,7 @@ def stored_pairs(
     return make_pairs(folder/'tokens', tokenizer, generator, images, sigma, form=form, made_by=made_by,
                       sampling=sampling, seed=seed, **options)
 
-# %% ../nbs/05_post_train.ipynb #4ed904c9
+# %% ../nbs/05_post_train.ipynb #7b1fea08
 def post_train(
     tokenizer,               # its decoder is trained in place; has `encode`, `decode` and `codebook`
     pairs:TokenStore,        # indices, and `sources`: rows of the real images
@@ -109,7 +108,7 @@ def post_train(
     config = dict(config or {}, pairs=pairs.made_by, judged=judged.made_by if judged else None,
                   batch_size=batch_size, lr=lr)
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps, warmup, final_lr),
-                log_every=max(1, steps//500), name='post-training')
+                name='post-training')
     drawn = lambda store, seed: draw_rows(len(store), batch_size, seed, loop.start, here.rank, here.world)
     others = drawn(judged or pairs, fold(seed, 'judged') % 2**32)
     for step, (_, _, rows), (_, _, other) in zip(loop, drawn(pairs, seed), others):

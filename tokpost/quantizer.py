@@ -32,13 +32,13 @@ def nearest_codes(
                          distances.topk(count, largest=False).indices)
     return torch.cat(found) if found else torch.empty(0, count, dtype=torch.long)
 
-# %% ../nbs/01_quantizer.ipynb #889621c6
+# %% ../nbs/01_quantizer.ipynb #bd73ad4f
 def straight_through(
     z:Tensor,    # features, receive the gradient
     codes:Tensor,# same shape, give the value
 )->Tensor:       # value of `codes`, gradient of `z`
     "The straight-through estimator (van den Oord et al. 2017, sec. 3.2)."
-    return z + (codes-z).detach()
+    return codes.detach() + (z - z.detach())
 
 # %% ../nbs/01_quantizer.ipynb #42504b9b
 def code_counts(

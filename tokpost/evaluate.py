@@ -91,7 +91,7 @@ def decode_bytes(
     if not images.isfinite().all(): raise ValueError("decode must return finite images, got NaN or infinity")
     return to_images(to_pixels(images)).cpu()
 
-# %% ../nbs/01_evaluate.ipynb #f9156f0d
+# %% ../nbs/01_evaluate.ipynb #7a759d4a
 class Evaluation:
     "The ruler of a preset: images, feature network, reference statistics."
     def __init__(self,
@@ -121,12 +121,11 @@ class Evaluation:
         images = getattr(self, split)
         folder = self.run.folder('statistics', seed=METRIC_SEED, images=images.fingerprint, network=self.network.fingerprint,
                                  count=self.reconstructions if split == 'validation' else None)
-        path, here = folder/'statistics.safetensors', self.run.here
+        path = folder/'statistics.safetensors'
         if not path.exists():
             bar = tqdm(self.batches(split), desc=f'{split} statistics', leave=False, mininterval=.5)
             made = feature_statistics((batch for batch, _ in bar), self.network).state()
-            cached(path, lambda: made)
-            here.wait()
+            return FrechetStatistics.from_state(cached(path, lambda: made))
         return FrechetStatistics.from_state(cached(path, None))
 
     def labels(self,

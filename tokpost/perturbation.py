@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['neighbour_table', 'draw_ranks', 'replace_tokens', 'perturb_tokens', 'perturb_quantized', 'anneal',
-           'PerturbationSchedule']
+           'PerturbationSchedule', 'draw_level_ranks', 'perturb_levels', 'perturb_in_loop', 'draw_kept_levels',
+           'lookup_levels', 'perturb_latents', 'noise_scale']
 
-# %% ../nbs/02_perturbation.ipynb #6b43e5bc
+# %% ../nbs/02_perturbation.ipynb #d9012b16
 from dataclasses import dataclass
+from typing import Callable
 import torch, torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from .quantizer import nearest_codes, straight_through
+from .residual import level_ids, split_levels
 
 # %% ../nbs/02_perturbation.ipynb #802b8fa1
 def _neighbours(own, codebook, delta, normalize, chunk):
@@ -50,12 +53,27 @@ def _check(delta=1, codebook_size=None, indices=None, **shares):
 def _check_choice(name, value, choices):
     if value not in choices: raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
-# %% ../nbs/02_perturbation.ipynb #0117b6de
-def _some(rows, count, generator, device):
-    "(rows, n) bool, exactly `count` true in each row."
-    order = torch.rand(rows, generator=generator, device=device).argsort(-1)
-    return torch.zeros(rows, dtype=torch.bool, device=device).scatter_(-1, order[..., :count], True)
+# %% ../nbs/02_perturbation.ipynb #f6cbc525
+def _some(shape, share, counts, generator, device):
+    "(..., n) bool, a share of each row: each place on its own, or exactly round(share*n)."
+    draws = torch.rand(shape, generator=generator, device=device)
+    if counts == 'bernoulli': return draws < share
+    chosen = draws.argsort(-1)[..., :round(share*shape[-1])]
+    return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(-1, chosen, True)
 
+def _draw_ranks(B, sizes, alphas, beta, delta, counts, images, generator, device):
+    "(B, N) ranks for groups of tokens, each of its size and rate."
+    for alpha in alphas: _check(delta, alpha=alpha, beta=beta)
+    _check_choice('counts', counts, ('bernoulli', 'exact'))
+    _check_choice('images', images, ('random', 'first'))
+    draw = dict(generator=generator, device=device if generator is None else generator.device)
+    if images == 'first': image = torch.arange(B, device=draw['device']) < int(beta*B)
+    else: image = _some((B,), beta, counts, **draw)                      # (B,)
+    tokens = [_some((B, n), alpha, counts, **draw) for n, alpha in zip(sizes, alphas)]
+    ranks = torch.randint(delta, (B, sum(sizes)), **draw)
+    return (ranks*(image[:, None] & torch.cat(tokens, 1))).to(device or draw['device'])
+
+# %% ../nbs/02_perturbation.ipynb #0d26c9d1
 def draw_ranks(
     shape:tuple,     # (B, N), images and tokens of a batch
     alpha:float,     # in [0, 1], share of tokens redrawn in a perturbed image
@@ -67,20 +85,10 @@ def draw_ranks(
     device=None,     # of the result; drawn on the generator's device where one is given
 )->Tensor:           # (B, N) long, in [0, delta); 0 leaves a token alone
     "Draw which neighbour replaces each token (RobusTok, latent perturbation)."
-    _check(delta, alpha=alpha, beta=beta)
-    _check_choice('counts', counts, ('bernoulli', 'exact'))
-    _check_choice('images', images, ('random', 'first'))
-    (B, N), where = shape, device if generator is None else generator.device
-    draw = dict(generator=generator, device=where)
-    if images == 'first': image = torch.arange(B, device=where) < int(beta*B)
-    elif counts == 'exact': image = _some((B,), round(beta*B), **draw)
-    else: image = torch.rand(B, **draw) < beta                               # (B,)
-    if counts == 'exact': token = _some((B, N), round(alpha*N), **draw)
-    else: token = torch.rand(B, N, **draw) < alpha                           # (B, N)
-    ranks = torch.randint(delta, (B, N), **draw)
-    return (ranks*(image[:, None] & token)).to(device or where)
+    B, N = shape
+    return _draw_ranks(B, [N], [alpha], beta, delta, counts, images, generator, device)
 
-# %% ../nbs/02_perturbation.ipynb #1a65fb3d
+# %% ../nbs/02_perturbation.ipynb #74925e71
 def replace_tokens(
     indices:Tensor,        # (B, N) long, in [0, K)
     ranks:Tensor,          # (B, N) long, of `draw_ranks`
@@ -91,6 +99,8 @@ def replace_tokens(
 )->Tensor:                 # (B, N) long
     "Replace every token by its neighbour of the given rank."
     _check(codebook_size=len(codebook), indices=indices)
+    if ranks.shape != indices.shape:
+        raise ValueError(f"ranks must be {tuple(indices.shape)} as indices, got {tuple(ranks.shape)}")
     places = ranks > 0
     own, rank = indices[places].long(), ranks[places]                    # (M,)
     if not len(own): return indices.clone()
@@ -102,7 +112,7 @@ def replace_tokens(
     else: new = table[own, rank]
     return indices.masked_scatter(places, new.to(indices))
 
-# %% ../nbs/02_perturbation.ipynb #fdd98ebc
+# %% ../nbs/02_perturbation.ipynb #6092626b
 def perturb_tokens(
     indices:Tensor,        # (B, N) long, in [0, K)
     codebook:Tensor,       # (K, D) code vectors
@@ -119,7 +129,7 @@ def perturb_tokens(
     ranks = draw_ranks(indices.shape, alpha, beta, delta, counts, 'random', generator, indices.device)
     return replace_tokens(indices, ranks, codebook, table, normalize, delta)
 
-# %% ../nbs/02_perturbation.ipynb #56bf04a9
+# %% ../nbs/02_perturbation.ipynb #ab426d73
 def _check_quantized(z, z_q, codebook, indices):
     "(B, N), after a look at the shapes."
     if z.dim() not in (3, 4) or z.shape != z_q.shape:
@@ -139,7 +149,7 @@ def _new_codes(features, rank, codes, delta, neighbours, chosen, table):
     if chosen is None: chosen = nearest_codes(features, codes).squeeze(1)
     return replace_tokens(chosen[:, None], rank[:, None], codes, table, delta=delta).squeeze(1)
 
-# %% ../nbs/02_perturbation.ipynb #ea5aeea2
+# %% ../nbs/02_perturbation.ipynb #f94eb38b
 def perturb_quantized(
     z:Tensor,              # (B, D, H, W) or (B, N, D) features before quantizing
     z_q:Tensor,            # same shape, quantized with straight-through gradient
@@ -171,7 +181,7 @@ def perturb_quantized(
     changed = (ranks > 0).unsqueeze(-1) if z.dim() == 3 else (ranks > 0).view(-1, 1, *z.shape[2:])
     return torch.where(changed, straight_through(z, replaced), z_q).to(z_q.dtype)
 
-# %% ../nbs/02_perturbation.ipynb #068aad42
+# %% ../nbs/02_perturbation.ipynb #35e71d4a
 def anneal(
     progress:float,  # in [0, 1], share of training that is done
     start:float=.2,  # in [0, 1), where fading begins (epoch 40 of 200)
@@ -185,7 +195,7 @@ def anneal(
     passed = min(max((progress-start)/(stop-start), 0.), 1.)
     return 1 - passed*(1-final)
 
-# %% ../nbs/02_perturbation.ipynb #b095863f
+# %% ../nbs/02_perturbation.ipynb #ec0b7dc9
 @dataclass(frozen=True)
 class PerturbationSchedule:
     "Perturbation as a function of training progress; the defaults are RobusTok's."
@@ -206,3 +216,117 @@ class PerturbationSchedule:
         "Rate, proportion and strength at this point; the strength is at least 1."
         factor = anneal(progress, self.start, self.stop, self.final)
         return dict(alpha=factor*self.alpha, beta=self.beta, delta=max(1, round(factor*self.delta)))
+
+# %% ../nbs/02_perturbation.ipynb #5b14527d
+def _level_rates(alpha, levels, count):
+    "One rate per level, zero outside the chosen ones."
+    rates = torch.as_tensor(alpha, dtype=torch.float64)
+    if rates.dim() and rates.shape != (count,):
+        raise ValueError(f"alpha must be one rate, or one for each of {count} levels, got {alpha}")
+    chosen = range(count) if isinstance(levels, str) and levels == 'all' else levels
+    if isinstance(chosen, (str, int)) or not set(chosen) <= set(range(count)):
+        raise ValueError(f"levels must be 'all' or a list of some in [0, {count}), got {levels!r}")
+    return [rate if level in chosen else 0. for level, rate in enumerate(rates.expand(count).tolist())]
+
+def draw_level_ranks(
+    batch_size:int,  # B, images of a batch
+    sides:list[int], # side length of each level, coarse to fine
+    alpha:float|list[float], # in [0, 1], share of tokens redrawn, of all levels or of each
+    beta:float,      # in [0, 1], share of images perturbed, the same ones at all levels
+    delta:int,       # at least 1, ranks are drawn from 0 to delta-1
+    levels:str|list[int]='all', # 'all' | levels in [0, L) that are perturbed
+    counts:str='bernoulli', # 'bernoulli': each on its own | 'exact': rounded numbers, per level
+    generator:torch.Generator|None=None, # None: torch's global one
+    device=None,     # of the result; drawn on the generator's device where one is given
+)->Tensor:           # (B, N) long, in [0, delta), coarse to fine; 0 leaves a token alone
+    "Draw which neighbour replaces each token of a residual code."
+    sizes = level_ids(sides).bincount().tolist()
+    rates = _level_rates(alpha, levels, len(sizes))
+    return _draw_ranks(batch_size, sizes, rates, beta, delta, counts, 'random', generator, device)
+
+# %% ../nbs/02_perturbation.ipynb #76052027
+def perturb_levels(
+    indices:Tensor,        # (B, N) long, in [0, K), coarse to fine
+    codebook:Tensor,       # (K, D) codes that the decoder sums, shared by the levels
+    sides:list[int],       # side length of each level
+    alpha:float|list[float], # in [0, 1], share of tokens redrawn, of all levels or of each
+    beta:float,            # in [0, 1], share of images perturbed
+    delta:int,             # in [1, K], number of nearest codes a token is redrawn from
+    levels:str|list[int]='all', # 'all' | levels in [0, L) that are perturbed
+    counts:str='bernoulli',# 'bernoulli' | 'exact', see `draw_level_ranks`
+    table:Tensor|None=None,# (K, >= delta) of `neighbour_table`, for a codebook that stands still
+    normalize:bool=False,  # compare l2-normalised codes
+    generator:torch.Generator|None=None, # None: torch's global one
+)->Tensor:                 # (B, N) long
+    "Redraw tokens of a finished residual code from their nearest codes."
+    _check(delta, len(codebook), indices)
+    split_levels(indices, sides) # refuses the tokens of other levels
+    ranks = draw_level_ranks(len(indices), sides, alpha, beta, delta, levels, counts, generator,
+                             indices.device)
+    return replace_tokens(indices, ranks, codebook, table, normalize, delta)
+
+# %% ../nbs/02_perturbation.ipynb #4155dd43
+def perturb_in_loop(
+    ranks:Tensor,          # (B, N) long, of `draw_level_ranks`, for the images of this batch
+    codebook:Tensor,       # (K, D) codes that the decoder sums, as they are now
+    sides:list[int],       # side length of each level
+    table:Tensor|None=None,# (K, >= largest rank + 1) of `neighbour_table`; None searches
+    normalize:bool=False,  # compare l2-normalised codes; not needed with a table
+)->Callable:               # (level, indices (B, side*side)) -> indices, for `ResidualQuantizer`
+    "A residual quantizer's tokens perturbed level by level, where later levels compensate."
+    parts, codebook = [part.flatten(1) for part in split_levels(ranks, sides)], codebook.detach()
+    def perturb(level, indices):
+        return replace_tokens(indices, parts[level], codebook, table, normalize)
+    return perturb
+
+# %% ../nbs/02_perturbation.ipynb #688dc82c
+def draw_kept_levels(
+    batch_size:int, # B, images of a batch
+    levels:int,     # L, levels of the code
+    beta:float,     # in [0, 1], share of images that may end early
+    generator:torch.Generator|None=None, # None: torch's global one
+    device=None,    # of the result; drawn on the generator's device where one is given
+)->Tensor:          # (B,) long, in [1, L]; L in an image left alone
+    "Draw after how many levels each image ends (SoundStream, quantizer dropout)."
+    _check(beta=beta)
+    if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
+    draw = dict(generator=generator, device=device if generator is None else generator.device)
+    image = _some((batch_size,), beta, 'bernoulli', **draw)
+    kept = torch.randint(1, levels+1, (batch_size,), **draw)
+    return torch.where(image, kept, levels).to(device or draw['device'])
+
+def lookup_levels(
+    quantizer:nn.Module, # has `lookup(indices, levels)`, see `ResidualQuantizer`
+    indices:Tensor,      # (B, N) long, coarse to fine
+    kept:Tensor,         # (B,) long, in [1, L], levels that each image keeps
+)->Tensor:               # (B, H*H, D) latents as rows
+    "Latents of codes that end after their first levels, each image at its own."
+    if kept.shape != indices.shape[:1]:
+        raise ValueError(f"kept must be {tuple(indices.shape[:1])}, one number per image, "
+                         f"got {tuple(kept.shape)}")
+    rows = [(kept == k).nonzero().flatten() for k in kept.unique()]
+    parts = [quantizer.lookup(indices[some], levels=int(kept[some[0]])) for some in rows]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
+
+# %% ../nbs/02_perturbation.ipynb #8deafbc2
+def perturb_latents(
+    z:Tensor,       # (B, ...) latents, normalised
+    tau:float,      # at least 0, largest noise scale, in units of the latent
+    beta:float=1.,  # in [0, 1], share of images perturbed
+    generator:torch.Generator|None=None, # None: torch's global one
+)->Tensor:          # shape and type of z, with its gradient
+    "Add Gaussian noise of a random scale to latents of random images (RAE, noise-augmented decoding)."
+    _check(beta=beta)
+    if not 0 <= tau < float('inf'): raise ValueError(f"tau must be at least 0, got {tau}")
+    draw = dict(generator=generator, device=z.device if generator is None else generator.device)
+    image = _some(z.shape[:1], beta, 'bernoulli', **draw)                     # (B,)
+    scale = tau*torch.rand(len(z), **draw)*image                             # (B,)
+    noise = scale.view(-1, *[1]*(z.dim()-1))*torch.randn(z.shape, **draw)
+    return z + noise.to(z)
+
+def noise_scale(
+    t:float, # in [0, 1), time of the diffusion path (1-t)z + t*noise
+)->float:    # tau, at least 0
+    "Scale of the noise relative to the latent at a point of the diffusion path, t/(1-t)."
+    if not 0 <= t < 1: raise ValueError(f"t must be in [0, 1), got {t}")
+    return t/(1-t)

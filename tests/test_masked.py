@@ -589,7 +589,7 @@ def test_stage_is_trained_once_and_kept(tmp_path, data, monkeypatch):
     monkeypatch.setattr('tokpost.run.project_root', lambda: tmp_path)
     indices, labels = data
     store = make_token_store(tmp_path/'tokens', lambda rows: indices[rows], labels, N, K, dict(tokenizer='none'))
-    run = Run('masked', 'smoke', changes={'masked_training.steps': 3})
+    run = Run('masked', 'smoke', changes={'masked_training.steps': 3, 'masked.tied': True})
     model, name = trained_masked(run, store, C, [1, 2, 3], TABLE)
     assert isinstance(store, TokenStore) and not model.training and model.sides == [1, 2, 3]
     assert (tmp_path/'runs'/'smoke'/name/'checkpoint.safetensors').exists()
@@ -599,6 +599,8 @@ def test_stage_is_trained_once_and_kept(tmp_path, data, monkeypatch):
     assert same == name and torch.equal(state(again), state(model))
     monkeypatch.undo()
     monkeypatch.setattr('tokpost.run.project_root', lambda: tmp_path)
-    names = {trained_masked(Run('masked', 'smoke', changes={'masked_training.steps': 1}), store, C, sides, codes)[1]
-             for sides, codes in (([1, 2, 3], None), ([3, 2, 1], None), ([1, 2, 3], TABLE+torch.eye(K, 4)))}
+    def stage(sides, codes, tied):
+        changes = {'masked_training.steps': 1, 'masked.tied': tied}
+        return trained_masked(Run('masked', 'smoke', changes=changes), store, C, sides, codes)[1]
+    names = {stage([1, 2, 3], TABLE, False), stage([3, 2, 1], None, False), stage([1, 2, 3], TABLE+torch.eye(K, 4), True)}
     assert len(names | {name}) == 4

@@ -43,7 +43,7 @@ def kl_divergence(
     if log_variance is None: return mean.new_zeros(len(mean))
     return (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)/2
 
-# %% ../nbs/02_autoencoder.ipynb #74d9311e
+# %% ../nbs/02_autoencoder.ipynb #a8be8bac
 class Autoencoder(nn.Module):
     "Encoder, decoder, and the normalisation of the latents between them (LDM, Rombach et al. 2022)."
     def __init__(self,
@@ -56,8 +56,8 @@ class Autoencoder(nn.Module):
         image_range:tuple=(-1., 1.), # of the images that encoder and decoder see
     ):
         super().__init__()
-        self.encoder, self.decoder, self.latent_channels, self.factor = encoder, decoder, latent_channels, factor
-        self.image_range = tuple(image_range)
+        self.encoder, self.decoder, self.image_range = encoder, decoder, tuple(image_range)
+        self.latent_channels, self.factor = latent_channels, factor
         for name in ('scale', 'shift'): self.register_buffer(name, torch.ones(latent_channels, 1, 1))
         self.set_normalization(scale, shift)
 
@@ -67,9 +67,9 @@ class Autoencoder(nn.Module):
     ):
         "Latents become (latent-shift)*scale."
         for name, value in dict(scale=scale, shift=shift).items():
-            value, sign = np.ravel(value), 'positive ' if name == 'scale' else ''
-            if len(value) not in (1, self.latent_channels) or not np.isfinite(value).all() or sign and value.min() <= 0:
-                raise ValueError(f"{name} must be a {sign}number or {self.latent_channels} of them, got {value.tolist()}")
+            value, sign, C = np.ravel(value), 'positive ' if name == 'scale' else '', self.latent_channels
+            if len(value) not in (1, C) or not np.isfinite(value).all() or sign and value.min() <= 0:
+                raise ValueError(f"{name} must be a {sign}number or {C} of them, got {value.tolist()}")
             getattr(self, name).copy_(torch.tensor(value.tolist())[:, None, None])
 
     @property
@@ -117,7 +117,8 @@ class Autoencoder(nn.Module):
 
 def _check_images(images, factor):
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-        raise ValueError(f"images must be (B, 3, H, W) with sides that are multiples of {factor}, got {tuple(images.shape)}")
+        raise ValueError(f"images must be (B, 3, H, W) with sides that are multiples of {factor}, "
+                         f"got {tuple(images.shape)}")
     if not images.detach().abs().amax() <= 1.01:
         raise ValueError(f"images must be in [-1, 1], got [{images.min():.3g}, {images.max():.3g}]")
 
@@ -137,7 +138,7 @@ def build_autoencoder(
         encoder, decoder = cnn_encoder(2*latent_channels, **options), cnn_decoder(latent_channels, **options)
     return Autoencoder(encoder, decoder, latent_channels, 2**(len(multipliers)-1))
 
-# %% ../nbs/02_autoencoder.ipynb #9c07311f
+# %% ../nbs/02_autoencoder.ipynb #2447f5f7
 @torch.no_grad()
 def normalize_latents(
     autoencoder:Autoencoder, # its scale and shift are set
@@ -150,16 +151,18 @@ def normalize_latents(
     rows = torch.linspace(0, len(images)-1, min(count, len(images))).long()
     sums, squares = torch.zeros(2, autoencoder.latent_channels, dtype=torch.float64)
     for part in rows.split(batch_size):
-        latents = autoencoder.moments(images[part.numpy()].to(device))[0].double().cpu().transpose(0, 1).flatten(1)
+        latents = autoencoder.moments(images[part.numpy()].to(device))[0].transpose(0, 1).flatten(1)
+        latents = latents.double().cpu()                                 # (C, B*h*w)
         n += latents.shape[1]
         sums, squares = sums + latents.sum(1), squares + latents.square().sum(1)
     mean = sums/n
     deviation = (squares/n - mean.square()).mean().clamp(min=0).sqrt()
-    if not deviation > 1e-6: raise ValueError(f"images must have different latents, got a deviation of {deviation:.3g}")
+    if not deviation > 1e-6:
+        raise ValueError(f"images must have different latents, got a deviation of {deviation:.3g}")
     autoencoder.set_normalization(1/deviation, mean)
     return autoencoder
 
-# %% ../nbs/02_autoencoder.ipynb #0c38bf93
+# %% ../nbs/02_autoencoder.ipynb #a3bbffab
 def train_autoencoder(
     autoencoder:Autoencoder, # trained in place; ends with its averaged weights, latents normalised
     images:Images,           # training split
@@ -188,13 +191,15 @@ def train_autoencoder(
         if part is not None: part.to(here.device).train()
     start = int(discriminator_start*steps)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, betas=(.9, .95), weight_decay=0.)
-    parts = dict(autoencoder=autoencoder, optimizer=optimizer, ema=EMA(autoencoder, ema_decay(steps, ema_horizon)))
+    ema = EMA(autoencoder, ema_decay(steps, ema_horizon))
+    parts = dict(autoencoder=autoencoder, optimizer=optimizer, ema=ema)
     for network in (autoencoder.encoder, autoencoder.decoder): here.compile(network)
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
-    loop = Loop(folder, steps, parts, seed, dict(config or {}, batch_size=batch_size, lr=lr, kl_weight=kl_weight),
-                schedule=warmup_cosine(steps, warmup, final_lr), name='autoencoder')
+    config = dict(config or {}, batch_size=batch_size, lr=lr, kl_weight=kl_weight)
+    loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps, warmup, final_lr),
+                name='autoencoder')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):
         batch, active = batch.to(here.device), adversary if step >= start else None
@@ -208,24 +213,27 @@ def train_autoencoder(
         here.mean_gradients(autoencoder.parameters())
         if clip: nn.utils.clip_grad_norm_(autoencoder.parameters(), clip)
         optimizer.step()
-        parts['ema'].update(autoencoder)
+        ema.update(autoencoder)
         if active:
             log['discriminator'] = train_discriminator(active, batch, reconstruction,
                                                        parts['discriminator_optimizer'])
         loop.log(**log, kl=kl)
-    autoencoder.load_state_dict(parts['ema'].module.state_dict())
+    autoencoder.load_state_dict(ema.module.state_dict())
     normalize_latents(autoencoder.eval(), images)
     return loop.rows
 
-# %% ../nbs/02_autoencoder.ipynb #d122bc6b
+# %% ../nbs/02_autoencoder.ipynb #d3c5d267
 def read_weights(
     path:str|Path, # .safetensors, or a torch file; its entry 'model' or 'state_dict' if it has one
     fetch:str,     # where the file comes from, for the error
 )->dict:           # name -> float32 tensor
     "Read a state dict."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no weights at {path}; fetch them from {fetch} and put them there")
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, 'cpu', weights_only=True)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}; fetch them from {fetch} and put them there")
+    torch_load = partial(torch.load, map_location='cpu', weights_only=True)
+    read = load_file if path.suffix == '.safetensors' else torch_load
+    try: state = read(path)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as weights ({error}); fetch it again from {fetch}") from error
     for entry in ('model', 'state_dict'): state = state.get(entry, state)
@@ -243,8 +251,9 @@ def fit_weights(
     for name in [*names, *state]:
         mine, theirs = ours.get(names.get(name)), state.get(name)
         if mine is None or theirs is None or theirs.shape not in (mine.shape, (*mine.shape, 1, 1)):
-            raise ValueError(f"{source} is of another model: {name} has {shape(theirs)} there, {shape(mine)} here")
-    module.load_state_dict({names[name]: value.view(ours[names[name]].shape) for name, value in state.items()})
+            raise ValueError(f"{source} is of another model: {name} has {shape(theirs)} there, "
+                             f"{shape(mine)} here")
+    module.load_state_dict({own: state[name].view(ours[own].shape) for name, own in names.items()})
     return module.eval()
 
 # %% ../nbs/02_autoencoder.ipynb #420c9bb4
@@ -297,7 +306,7 @@ def load_taef2(
         parts.append(fit_weights(part, read_weights(path, 'github.com/madebyollin/taesd'), path))
     return Autoencoder(*parts, 32, 8, image_range=(0., 1.)).eval()
 
-# %% ../nbs/02_autoencoder.ipynb #2cb566ed
+# %% ../nbs/02_autoencoder.ipynb #2045eeae
 def from_diffusers(
     vae:nn.Module,  # diffusers' AutoencoderKL (FLUX, Stable Diffusion) or AutoencoderTiny
 )->Autoencoder:     # the same weights, normalised as the VAE's configuration says, in eval mode
@@ -305,19 +314,18 @@ def from_diffusers(
     from diffusers import AutoencoderKL, AutoencoderTiny
     if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
         raise ValueError(f"vae must be an AutoencoderKL or an AutoencoderTiny, got {type(vae).__name__}")
-    config, join = vae.config, lambda *parts: nn.Sequential(*parts) if None not in parts else next(filter(None, parts))
+    config, encoder, decoder = vae.config, vae.encoder, vae.decoder
+    if getattr(vae, 'quant_conv', None) is not None: encoder = nn.Sequential(encoder, vae.quant_conv)
+    if getattr(vae, 'post_quant_conv', None) is not None: decoder = nn.Sequential(vae.post_quant_conv, decoder)
     get = lambda name, default: default if config.get(name) is None else config[name]
-    if isinstance(vae, AutoencoderTiny):
-        parts, widths = (vae.encoder, vae.decoder), config.encoder_block_out_channels
-    else:
-        parts, widths = (join(vae.encoder, vae.quant_conv), join(vae.post_quant_conv, vae.decoder)), config.block_out_channels
+    levels = len(get('encoder_block_out_channels', config.block_out_channels))
     scale = config.scaling_factor/np.asarray(get('latents_std', 1.))
     shift = get('latents_mean', get('shift_factor', 0.))
-    return Autoencoder(*parts, config.latent_channels, 2**(len(widths)-1), scale, shift).float().eval()
+    return Autoencoder(encoder, decoder, config.latent_channels, 2**(levels-1), scale, shift).float().eval()
 
-# %% ../nbs/02_autoencoder.ipynb #e9c56ca9
+# %% ../nbs/02_autoencoder.ipynb #40783409
 def load_diffusers(
-    source:str|Path,  # folder with a config.json, here or under $TOKPOST_DATA, or a name on the Hugging Face hub
+    source:str|Path,  # folder with a config.json, also under $TOKPOST_DATA, or a name on the Hugging Face hub
     subfolder:str='', # of it, such as 'vae'
 )->Autoencoder:       # in eval mode
     "A VAE in diffusers' format, by its path or name."
@@ -326,13 +334,16 @@ def load_diffusers(
     source = str(under if under.exists() else source)
     try: kind = diffusers.AutoencoderKL.load_config(source, **options).get('_class_name')
     except OSError as error:
-        raise FileNotFoundError(f"no VAE {source!r} here, under $TOKPOST_DATA or on the hub ({type(error).__name__}); fetch "
-            f"config.json and diffusion_pytorch_model.safetensors of huggingface.co/{source} into {under/subfolder}") from error
+        raise FileNotFoundError(
+            f"no VAE {source!r} here, under $TOKPOST_DATA or on the hub ({type(error).__name__}); fetch "
+            f"config.json and diffusion_pytorch_model.safetensors of huggingface.co/{source} into "
+            f"{under/subfolder}") from error
     if kind not in ('AutoencoderKL', 'AutoencoderTiny'):
         raise ValueError(f"{source} must hold an AutoencoderKL or an AutoencoderTiny, got {kind}")
     vae, fit = getattr(diffusers, kind).from_pretrained(source, output_loading_info=True, **options)
     wrong = [*fit['missing_keys'], *fit['unexpected_keys']]
-    if wrong: raise ValueError(f"{source} is of another model: it and its config.json differ at {sorted(wrong)[0]}")
+    if wrong:
+        raise ValueError(f"{source} is of another model: it and its config.json differ at {sorted(wrong)[0]}")
     return from_diffusers(vae)
 
 # %% ../nbs/02_autoencoder.ipynb #3027d0b9
@@ -366,7 +377,7 @@ def load_mar_kl16(
     state = read_weights(path, 'huggingface.co/jadechoghari/mar (kl16.safetensors)')
     return from_diffusers(fit_weights(build_mar_kl16(), state, path, ldm_name))
 
-# %% ../nbs/02_autoencoder.ipynb #c7e3088d
+# %% ../nbs/02_autoencoder.ipynb #2b78430c
 def load_autoencoder(
     pretrained:str|Path, # 'mar-kl16', 'taef2', a kl16 file, or what `load_diffusers` takes
     subfolder:str='',    # for diffusers
@@ -382,7 +393,7 @@ def trained_autoencoder(
     evaluation:Evaluation, # its images and perceptual loss are trained on
     **changes,             # of the preset's autoencoder, such as `latent_channels`
 )->tuple:                  # Autoencoder in eval mode, Adversary or None, name of the stage
-    "The preset's autoencoder: trained now, resumed, read from disk, or a finished one (entry `pretrained`)."
+    "The preset's autoencoder: trained now, resumed, read from disk, or finished (`pretrained`)."
     size, about = run.size, dict(run.size['autoencoder'], **changes)
     if 'pretrained' in about: return _finished(run, evaluation, about)
     losses = dict(size['losses'])
@@ -402,6 +413,8 @@ def _finished(run, evaluation, about):
     for value in autoencoder.state_dict().values(): weights.update(value.cpu().numpy())
     folder = run.folder('autoencoder', weights=weights.hexdigest(), images=evaluation.train.fingerprint)
     if autoencoder.scale.eq(1).all():
-        measure = lambda: {k: normalize_latents(autoencoder, evaluation.train, 128, 8).get_buffer(k) for k in ('scale', 'shift')}
+        def measure():
+            normalize_latents(autoencoder, evaluation.train, 128, 8)
+            return dict(scale=autoencoder.scale, shift=autoencoder.shift)
         autoencoder.set_normalization(**cached(folder/'normalization.safetensors', measure))
     return autoencoder, None, folder.name

@@ -57,14 +57,15 @@ class LoRAConv2d(nn.Conv2d):
         conv.bias = self.bias
         return conv.requires_grad_(False)
 
-# %% ../nbs/03_coda.ipynb #5e97b5a0
+# %% ../nbs/03_coda.ipynb #57f9642a
 def _named(module, kind): return {path: m for path, m in module.named_modules() if path and isinstance(m, kind)}
 
 def inner_convolutions(
     *parts:nn.Module, # such as encoder and decoder
 )->Callable:          # (path, convolution) -> bool, for `inject_lora`
     "Choose the convolutions wider than a pixel, without the first and the last of each part."
-    wide = [[conv for conv in _named(part, nn.Conv2d).values() if max(conv.kernel_size) > 1] for part in parts]
+    wide = [[conv for conv in _named(part, nn.Conv2d).values() if max(conv.kernel_size) > 1]
+            for part in parts]
     chosen = {id(conv) for convs in wide for conv in convs[1:-1]}
     return lambda path, conv: id(conv) in chosen
 
@@ -84,7 +85,7 @@ def inject_lora(
     if rank < 1: raise ValueError(f"rank must be at least 1, got {rank}")
     for path in lora_convolutions(module):
         raise ValueError(f"module must not have adapters yet, got one at {path}; merge_lora comes first")
-    pieces, convs = (match,) if isinstance(match, str) else match, _named(module, nn.Conv2d)
+    convs, pieces = _named(module, nn.Conv2d), (match,) if isinstance(match, str) else match
     chosen = match if callable(match) else lambda path, conv: any(piece in path for piece in pieces)
     found = {path: conv for path, conv in convs.items() if chosen(path, conv)}
     if not found: raise ValueError(f"match must choose a convolution, got {match!r}, which chooses none of "
@@ -96,7 +97,7 @@ def inject_lora(
         _swap(module, conv, LoRAConv2d(conv, rank, scale, seeded(seed, 'lora', path)))
     return list(found)
 
-# %% ../nbs/03_coda.ipynb #2053068f
+# %% ../nbs/03_coda.ipynb #f33298f5
 def lora_convolutions(
     module:nn.Module, # any
 )->dict:              # path -> `LoRAConv2d`
@@ -109,13 +110,14 @@ def adapters(
 )->nn.ModuleDict:        # holds the adapters alone, shared with `module`
     "The adapters of a module as a module, to train, average and save apart."
     found = lora_convolutions(module)
-    return nn.ModuleDict({path.replace('.', '/'): found[path].adapter for path in (found if paths is None else paths)})
+    paths = list(found) if paths is None else paths
+    return nn.ModuleDict({path.replace('.', '/'): found[path].adapter for path in paths})
 
 def lora_parameters(
     module:nn.Module, # with adapters
 )->list:              # of tensors
     "What the adapters learn."
-    return list(adapters(module).parameters())
+    return [p for conv in lora_convolutions(module).values() for p in conv.adapter.parameters()]
 
 def merge_lora(
     module:nn.Module, # changed in place; computes the same afterwards, without adapters
@@ -125,7 +127,7 @@ def merge_lora(
     for conv in found.values(): _swap(module, conv, conv.merged())
     return list(found)
 
-# %% ../nbs/03_coda.ipynb #282349c3
+# %% ../nbs/03_coda.ipynb #15b8e10b
 def _sample_of(conv): return conv.weight.detach().flatten()[:16].float().cpu().clone()
 
 def save_adapters(
@@ -135,8 +137,8 @@ def save_adapters(
     "Save a module's adapters, with rank, scale and paths."
     found = lora_convolutions(module)
     if not found: raise ValueError("module must have adapters to save, got none")
-    weights = {name: dict(down=conv.adapter[0].weight, up=conv.adapter[1].weight, base=_sample_of(conv))
-               for name, conv in found.items()}
+    parts = lambda conv: dict(zip(('down', 'up'), (part.weight for part in conv.adapter)), base=_sample_of(conv))
+    weights = {name: parts(conv) for name, conv in found.items()}
     first = next(iter(found.values()))
     return save_state(path, dict(rank=first.rank, scale=first.scale, adapters=weights))
 
@@ -147,7 +149,8 @@ def _check_fit(path, module, weights):
         conv, shape = convs.get(name), (len(part['up']), *part['down'].shape[1:])
         if conv is None: why = 'is no convolution here'
         elif conv.weight.shape != shape: why = f'has weights {tuple(conv.weight.shape)} here, not {shape}'
-        elif not torch.allclose(_sample_of(conv), part['base'], rtol=.02, atol=1e-3): why = 'has other weights here'
+        elif not torch.allclose(_sample_of(conv), part['base'], rtol=.02, atol=1e-3):
+            why = 'has other weights here'
         else: continue
         raise ValueError(f"{path} holds the adapters of another autoencoder: {name} {why}")
 
@@ -157,12 +160,13 @@ def load_adapters(
 )->list:              # paths of the adapted convolutions
     "Give a module the adapters of a file."
     state = load_state(path)
-    if not isinstance(state, dict) or 'adapters' not in state: raise ValueError(f"{path} holds no adapters")
+    if not isinstance(state, dict) or 'adapters' not in state:
+        raise ValueError(f"{path} holds no adapters")
     weights = state['adapters']
     _check_fit(path, module, weights)
     inject_lora(module, lambda name, conv: name in weights, state['rank'], state['scale'])
     for name, conv in lora_convolutions(module).items():
-        for part, which in zip(conv.adapter, ('down', 'up')): part.weight.data.copy_(weights[name][which])
+        for part, key in zip(conv.adapter, ('down', 'up')): part.weight.data.copy_(weights[name][key])
     return list(weights)
 
 # %% ../nbs/03_coda.ipynb #623daec6
@@ -180,7 +184,7 @@ def running_order(
         for hook in hooks: hook.remove()
     return list(dict.fromkeys(order))
 
-# %% ../nbs/03_coda.ipynb #73676e57
+# %% ../nbs/03_coda.ipynb #bf9d8ce9
 def build_quantizer(
     code_dim:int,           # D, channels of the latents
     sides:tuple=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), # of the levels, coarse to fine; the last is the latent's
@@ -195,11 +199,12 @@ def build_quantizer(
         raise ValueError(f"assignment must be 'attention' or 'nearest', got {assignment!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if assignment == 'attention': quantizer = AttentionQuantizer(codebook_size, code_dim, attention_dim, **options)
+        if assignment == 'attention':
+            quantizer = AttentionQuantizer(codebook_size, code_dim, attention_dim, **options)
         else: quantizer = VectorQuantizer(codebook_size, code_dim, normalize=False, **options)
     return ResidualQuantizer(quantizer, list(sides))
 
-# %% ../nbs/03_coda.ipynb #0a8a37b5
+# %% ../nbs/03_coda.ipynb #02bda73f
 class CODA(nn.Module):
     "A continuous autoencoder with a residual quantizer of its latents (CODA)."
     def __init__(self,
@@ -208,8 +213,8 @@ class CODA(nn.Module):
     ):
         super().__init__()
         if autoencoder.latent_channels != quantizer.code_dim:
-            raise ValueError(f"quantizer must have code_dim={autoencoder.latent_channels}, the channels of the "
-                             f"autoencoder's latents, got {quantizer.code_dim}")
+            raise ValueError(f"quantizer must have code_dim={autoencoder.latent_channels}, the channels of "
+                             f"the autoencoder's latents, got {quantizer.code_dim}")
         self.autoencoder, self.quantizer = autoencoder, quantizer
 
     @property
@@ -232,7 +237,8 @@ class CODA(nn.Module):
         "Latents before quantization."
         z = self.autoencoder.encode(images, posterior).float()
         if z.shape[-2:] != (self.sides[-1],)*2:
-            raise ValueError(f"sides must end at the side of the latents, {tuple(z.shape[-2:])}, got {self.sides}")
+            raise ValueError(f"sides must end at the side of the latents, {tuple(z.shape[-2:])}, "
+                             f"got {self.sides}")
         return z
 
     @torch.no_grad()
@@ -258,16 +264,16 @@ class CODA(nn.Module):
 
     def decoder_adapters(self)->nn.ModuleDict: # in the order in which they run; what post-training may train
         "The adapters of the decoder, as a module."
-        latent = torch.zeros(1, self.quantizer.code_dim, *(self.sides[-1],)*2, device=self.codebook.device)
-        return adapters(self.decoder, running_order(self.decoder, lambda: self.autoencoder.decode(latent)))
+        z = torch.zeros(1, self.quantizer.code_dim, *(self.sides[-1],)*2, device=self.codebook.device)
+        return adapters(self.decoder, running_order(self.decoder, lambda: self.autoencoder.decode(z)))
 
     @property
-    def last_layer(self)->Tensor: # weight of the adapted layer that runs last; without adapters the autoencoder's
+    def last_layer(self)->Tensor: # weight of the adapter that runs last, else the autoencoder's own
         "Where the adaptive weight is measured."
         found = list(self.decoder_adapters().parameters())
         return found[-1] if found else self.autoencoder.last_layer
 
-# %% ../nbs/03_coda.ipynb #07b8094b
+# %% ../nbs/03_coda.ipynb #1d839130
 def train_quantizer(
     quantizer:ResidualQuantizer, # trained in place; ends with its averaged weights
     latents,                 # `LatentStore`, or `Tokens(latents, labels)` in memory
@@ -286,9 +292,10 @@ def train_quantizer(
     quantizer.to(here.device).train()
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr, betas=(.5, .9), weight_decay=weight_decay)
     parts = dict(quantizer=quantizer, optimizer=optimizer, ema=EMA(quantizer, ema_decay(steps, ema_horizon)))
-    loop = Loop(folder, steps, parts, seed, dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay),
-                schedule=warmup_cosine(steps), name='quantizer')
-    for step, (z, _) in zip(loop, token_batches(latents, batch_size, seed, loop.start, here.rank, here.world)):
+    config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
+    loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='quantizer')
+    batches = token_batches(latents, batch_size, seed, loop.start, here.rank, here.world)
+    for step, (z, _) in zip(loop, batches):
         z = z.to(here.device)
         z_q, _, losses = quantizer(z)
         error = F.mse_loss(z_q, z.flatten(2).transpose(1, 2))
@@ -304,7 +311,7 @@ def train_quantizer(
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #58f6f2fe
+# %% ../nbs/03_coda.ipynb #1fed14d9
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
@@ -340,8 +347,8 @@ def train_coda(
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.5, .9), weight_decay=5e-4))
-    loop = Loop(folder, steps, parts, seed, dict(config or {}, batch_size=batch_size, lr=lr, posterior=posterior, ramp=ramp),
-                schedule=warmup_cosine(steps), name='adaptation')
+    config = dict(config or {}, batch_size=batch_size, lr=lr, posterior=posterior, ramp=ramp)
+    loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='adaptation')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):
         batch = batch.to(here.device)
@@ -363,7 +370,7 @@ def train_coda(
     coda.eval().requires_grad_(False)
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #52cab47e
+# %% ../nbs/03_coda.ipynb #dc17c93a
 def save_coda(
     coda:CODA,       # its quantizer comes from `build_quantizer`
     folder:str|Path, # gets quantizer.safetensors and, if there are adapters, adapters.safetensors
@@ -374,23 +381,24 @@ def save_coda(
     about = dict(code_dim=inner.code_dim, sides=coda.sides, codebook_size=inner.codebook_size,
                  assignment='attention' if attention else 'nearest')
     if attention: about['attention_dim'] = inner.attention_dim
-    if lora_convolutions(coda.autoencoder): save_adapters(coda.autoencoder, Path(folder)/'adapters.safetensors')
-    save_state(Path(folder)/'quantizer.safetensors', dict(about=about, weights=coda.quantizer.state_dict()))
-    return Path(folder)
+    folder = Path(folder)
+    if lora_convolutions(coda.autoencoder): save_adapters(coda.autoencoder, folder/'adapters.safetensors')
+    save_state(folder/'quantizer.safetensors', dict(about=about, weights=coda.quantizer.state_dict()))
+    return folder
 
 def load_coda(
     folder:str|Path,       # of `save_coda`
     autoencoder:nn.Module, # that it was trained with; given the adapters in place
 )->CODA:                   # in eval mode
     "Join an autoencoder and what was trained for it."
-    state, path = load_state(Path(folder)/'quantizer.safetensors'), Path(folder)/'adapters.safetensors'
+    path, state = Path(folder)/'adapters.safetensors', load_state(Path(folder)/'quantizer.safetensors')
     quantizer = build_quantizer(**state['about'])
     quantizer.load_state_dict(state['weights'])
     coda = CODA(autoencoder, quantizer)
     if path.exists(): load_adapters(autoencoder, path)
     return coda.eval().requires_grad_(False)
 
-# %% ../nbs/03_coda.ipynb #c9b5a516
+# %% ../nbs/03_coda.ipynb #c933d905
 def trained_coda(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -401,22 +409,24 @@ def trained_coda(
     **changes,             # of the preset's `coda`, such as `sides`
 )->tuple:                  # CODA in eval mode, name of the stage
     "The preset's discrete autoencoder; trained now, resumed, or read from disk."
-    size, seed = run.size, run.seed
-    about, first, second = dict(size['coda'], **changes), size['coda_quantizer_training'], dict(size['coda_training'])
-    quantizer = build_quantizer(autoencoder.latent_channels, seed=fold(seed, 'quantizer'), **about)
+    size, seed, device = run.size, run.seed, run.here.device
+    about, training = dict(size['coda'], **changes), size['coda_quantizer_training']
     latents = tokenize(run, autoencoder, evaluation.train, made_by)
-    folder = run.folder('coda_quantizer', autoencoder=made_by, **about, **first)
-    train_quantizer(quantizer, latents, seed=seed, folder=folder, **first)
-    coda = CODA(copy.deepcopy(autoencoder), quantizer).to(run.here.device).eval().requires_grad_(False)
+    quantizer = build_quantizer(autoencoder.latent_channels, seed=fold(seed, 'quantizer'), **about)
+    folder = run.folder('coda_quantizer', autoencoder=made_by, **about, **training)
+    train_quantizer(quantizer, latents, seed=seed, folder=folder, **training)
+    coda = CODA(copy.deepcopy(autoencoder), quantizer).to(device).eval().requires_grad_(False)
     if not adapt: return coda, folder.name
-    second['rank'] = second['rank'] if rank is None else rank
-    folder = run.folder('coda', quantizer=folder.name, losses=size['losses'], **second)
-    match, rank = second.pop('match', None), second.pop('rank')
-    if rank: inject_lora(coda.autoencoder, match or inner_convolutions(coda.autoencoder.encoder, coda.decoder), rank,
-                         seed=fold(seed, 'adapters'))
-    options = {key: value for key, value in size['losses'].items() if key not in ('adversary', 'semantic', 'perceptual')}
-    adversary = build_adversary(size['losses'].get('adversary'), size['image_size'], seed=fold(seed, 'adversary'),
-                                **(dict(weight=1., lecam_weight=0., augment=False) | options))
-    train_coda(coda, evaluation.train, image_loss=ImageLoss(evaluation.perceptual, l1_weight=.2), adversary=adversary,
-               seed=seed, folder=folder, precision=run.here.precision, **second)
+    training, losses = dict(size['coda_training']), dict(size['losses'])
+    training['rank'] = training['rank'] if rank is None else rank
+    folder = run.folder('coda', quantizer=folder.name, losses=losses, **training)
+    match, rank = training.pop('match', None), training.pop('rank')
+    match = match or inner_convolutions(coda.autoencoder.encoder, coda.decoder)
+    if rank: inject_lora(coda.autoencoder, match, rank, seed=fold(seed, 'adapters'))
+    kind, _, _ = (losses.pop(key, None) for key in ('adversary', 'semantic', 'perceptual'))
+    losses = dict(weight=1., lecam_weight=0., augment=False) | losses
+    adversary = build_adversary(kind, size['image_size'], seed=fold(seed, 'adversary'), **losses)
+    image_loss = ImageLoss(evaluation.perceptual, l1_weight=.2)
+    train_coda(coda, evaluation.train, image_loss=image_loss, adversary=adversary, seed=seed, folder=folder,
+               precision=run.here.precision, **training)
     return coda, folder.name

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'masked_share', 'random_mask', 'Codes', 'SkipTransformer
            'masked_loss', 'train_masked', 'unmask_counts', 'guided_logits', 'fill_tokens', 'sample_tokens',
            'trained_masked']
 
-# %% ../nbs/04_masked.ipynb #d1800287
+# %% ../nbs/04_masked.ipynb #587c9360
 import hashlib, math
 from functools import partial
 import torch, torch.nn.functional as F
@@ -17,8 +17,8 @@ from .data import TokenStore, token_batches
 from .networks import Block, decay_groups
 from .residual import level_ids
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
-from .sampling import (check_sampling, check_tokens, draw_seed, draw_tokens, drop_classes, filter_logits,
-                              guidance_weights, in_eval_mode, preservation_mask)
+from .sampling import (check_sampling, check_tokens, draw_seed, draw_tokens, drop_classes,
+                              filter_logits, guidance_weights, in_eval_mode, preservation_mask)
 from .tokens import Tokens
 
 # %% ../nbs/04_masked.ipynb #30d2f6a2
@@ -104,7 +104,7 @@ class SkipTransformer(nn.Module):
             if i < early: kept.append(x)
         return self.norm(x)
 
-# %% ../nbs/04_masked.ipynb #fbf611c9
+# %% ../nbs/04_masked.ipynb #e740680b
 class Places(nn.Module):
     "Position and level of every token (CODA's levels; positions interpolated to each)."
     def __init__(self,
@@ -120,7 +120,7 @@ class Places(nn.Module):
         parts, full = [], self.position.shape[-1]
         for side, level in zip(self.sides, self.level):
             grid = self.position
-            if side != full: grid = F.interpolate(grid, size=(side, side), mode='bicubic', align_corners=False)
+            if side != full: grid = F.interpolate(grid, size=(side, side), mode='bicubic')
             parts.append(grid.flatten(2).transpose(1, 2) + level)
         return torch.cat(parts, 1)
 
@@ -336,7 +336,7 @@ def fill_tokens(
         tokens, steps, mask = torch.where(now, drawn, tokens), steps.masked_fill(now, t), mask & ~now
     return tokens, steps
 
-# %% ../nbs/04_masked.ipynb #cb67eb09
+# %% ../nbs/04_masked.ipynb #062518f7
 def sample_tokens(
     model:MaskedTransformer,  # trained; its mode (training or evaluation) is restored
     labels:Tensor,            # (B,) long in 0..num_classes-1
@@ -374,25 +374,26 @@ def sample_tokens(
         return drawn, confidence + choice_temperature*(1-(t+1)/steps)*noise + bonus
     tokens = torch.zeros(shape, dtype=torch.long) if indices is None else indices.long()
     with in_eval_mode(model):
-        tokens, when = fill_tokens(model, tokens.to(device), labels.to(device), mask, weights, counts, choose)
+        tokens, when = fill_tokens(model, tokens.to(device), labels.to(device), mask, weights, counts,
+                                   choose)
     return (tokens, when) if return_steps else tokens
 
-# %% ../nbs/04_masked.ipynb #fc6d78e3
+# %% ../nbs/04_masked.ipynb #a857c695
 def trained_masked(
     run:Run,          # names preset and seed
     store:TokenStore, # training tokens
     num_classes:int,  # of the labels
     sides:list[int]|None=None, # side of each level of residual tokens; None: one level
-    codes:Tensor|None=None,    # (K, D) the tokenizer's codes, to read tokens by; None learns a table
+    codes:Tensor|None=None,    # (K, D) the tokenizer's codes, read where the preset's `masked` says `tied`
 )->tuple:             # MaskedTransformer in eval mode, name of the stage
     "The preset's masked generator on these tokens; trained now, resumed, or read from disk."
-    size = run.size
+    sizes, training = dict(run.size['masked']), run.size['masked_training']
+    table = codes.detach().cpu() if sizes.pop('tied', False) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(run.seed, 'masked'))
         model = MaskedTransformer(store.codebook_size, store.indices.shape[1], num_classes, sides=sides,
-                                  code_table=None if codes is None else codes.cpu(), **size['masked'])
+                                  code_table=table, **sizes)
     folder = run.folder('masked', tokens=store.made_by, sides=model.sides, codes=model.config['code_table'],
-                        **size['masked'], **size['masked_training'])
-    train_masked(model, store, seed=run.seed, folder=folder, precision=run.here.precision,
-                 **size['masked_training'])
+                        **sizes, **training)
+    train_masked(model, store, seed=run.seed, folder=folder, precision=run.here.precision, **training)
     return model, folder.name

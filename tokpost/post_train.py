@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'System', 'trained_system', 'make_pairs', 'stored_pairs', 'post_train']
 
-# %% ../nbs/05_post_train.ipynb #19f7c867
+# %% ../nbs/05_post_train.ipynb #dc9e64c9
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,13 @@ from .data import (Images, LatentStore, TokenStore, draw_rows, make_latent_store
                           to_pixels)
 from .diffusion import trained_diffusion
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, train_discriminator
+from .losses import Adversary, ImageLoss, backward, build_adversary, train_discriminator
 from .masked import trained_masked
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, warmup_cosine
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
-# %% ../nbs/05_post_train.ipynb #14b976ac
+# %% ../nbs/05_post_train.ipynb #6f1b4266
 FAMILIES = 'autoregressive', 'masked', 'diffusion'
 
 @dataclass
@@ -48,8 +48,12 @@ def trained_system(
     if family == 'masked': tokenizer, name = trained_coda(run, evaluation, tokenizer, name)
     store, classes = tokenize(run, tokenizer, evaluation.train, name), evaluation.train.num_classes
     if family == 'autoregressive': generator, made_by = trained_generator(run, store, classes)
-    elif family == 'masked': generator, made_by = trained_masked(run, store, classes, sides=tokenizer.sides)
+    elif family == 'masked': generator, made_by = trained_masked(run, store, classes, tokenizer.sides, tokenizer.codebook)
     else: generator, made_by = trained_diffusion(run, store, classes)
+    if adversary is None: # a pretrained autoencoder has none
+        named = run.size['losses']
+        adversary = build_adversary(named['adversary'], run.size['image_size'], named.get('width', 64),
+                                    fold(run.seed, 'adversary'))
     key = 'sampling' if family == 'autoregressive' else f'{family}_sampling'
     return System(tokenizer, generator, adversary, run.size[key], dict(tokenizer=name, generator=made_by))
 

@@ -171,12 +171,12 @@ class ResidualQuantizer(nn.Module):
             if through == 'features': z_q = z_q + (z - z.detach())
         return z_q.flatten(2).transpose(1, 2), torch.cat(found, 1), losses
 
-# %% ../nbs/01_residual.ipynb #3679b97a
+# %% ../nbs/01_residual.ipynb #a31028dd
 def level_usage(
     indices:Tensor,    # (B, N) long, tokens of all images that count
     sides:list[int],   # side length of each level
     codebook_size:int, # K
-)->list[dict]:         # per level, and last all levels pooled: level, side, codebook_usage, perplexity, tokens
+)->list[dict]:         # per level, last all pooled: level, side, codebook_usage, perplexity, tokens
     "Which codes each level uses, and how evenly."
     sides = _check_sides(sides)
     _check_length(indices, sides)

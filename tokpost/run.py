@@ -306,7 +306,7 @@ class Loop:
 # %% ../nbs/00_run.ipynb #757793c3
 PRESETS = {}
 
-# %% ../nbs/00_run.ipynb #50680724
+# %% ../nbs/00_run.ipynb #1105979d
 PRESETS['smoke'] = dict(
     data='digits', image_size=16, precision='fp32',
     tokenizer=dict(architecture='cnn', codebook_size=64, code_dim=8, width=16, multipliers=(1, 2, 2),
@@ -321,11 +321,11 @@ PRESETS['smoke'] = dict(
     pairs=dict(count=64, batch_size=64),
     post_training=dict(steps=12, batch_size=16, lr=5e-4, warmup=2, ema_horizon=.2),
     autoencoder=dict(latent_channels=4, width=16, multipliers=(1, 2, 2), blocks=1, attention=True),
-    autoencoder_training=dict(steps=24, batch_size=16, lr=1e-3, warmup=4, ema_horizon=.2),
+    autoencoder_training=dict(steps=60, batch_size=16, lr=3e-3, warmup=6, final_lr=.1, ema_horizon=.2),
     coda=dict(sides=(1, 2, 3, 4), codebook_size=64, attention_dim=16),
     coda_quantizer_training=dict(steps=40, batch_size=32, lr=5e-3),
     coda_training=dict(steps=12, batch_size=16, lr=5e-4, rank=4),
-    masked=dict(width=32, depth=2, heads=2), masked_training=dict(steps=24, batch_size=32, lr=1e-3, warmup=4),
+    masked=dict(width=32, depth=2, heads=2), masked_training=dict(steps=24, batch_size=32, lr=1e-3, warmup=4, betas=(.9, .96)),
     masked_sampling=dict(steps=4, guidance_scale=1.5),
     diffusion=dict(width=32, depth=2, heads=2, patch_size=1),
     diffusion_training=dict(steps=24, batch_size=32, lr=1e-3, warmup=4),
@@ -333,7 +333,7 @@ PRESETS['smoke'] = dict(
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
     sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #e0afc863
+# %% ../nbs/00_run.ipynb #1a9917ee
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=24,
@@ -348,20 +348,21 @@ PRESETS['laptop'] = dict(
     pairs=dict(count=2000, batch_size=500),
     post_training=dict(steps=150, batch_size=32, lr=5e-4, warmup=10, ema_horizon=.2),
     autoencoder=dict(latent_channels=4, width=24, multipliers=(1, 2, 2), blocks=1, attention=True),
-    autoencoder_training=dict(steps=1000, batch_size=32, lr=1e-3, warmup=40),
+    autoencoder_training=dict(steps=600, batch_size=32, lr=2e-3, warmup=40, final_lr=.05),
     coda=dict(sides=(1, 2, 3, 4), codebook_size=256, attention_dim=32),
     coda_quantizer_training=dict(steps=1000, batch_size=64, lr=5e-3),
     coda_training=dict(steps=300, batch_size=32, lr=5e-4, rank=4),
-    masked=dict(width=96, depth=3, heads=4), masked_training=dict(steps=1500, batch_size=64, lr=1e-3, warmup=50),
-    masked_sampling=dict(steps=8, guidance_scale=1.5),
+    masked=dict(width=96, depth=3, heads=4),
+    masked_training=dict(steps=1000, batch_size=64, lr=2e-3, warmup=50, betas=(.9, .96)),
+    masked_sampling=dict(steps=8, guidance_scale=2.),
     diffusion=dict(width=96, depth=4, heads=4, patch_size=1),
     diffusion_training=dict(steps=1500, batch_size=64, lr=1e-3, warmup=50),
-    diffusion_sampling=dict(steps=25, guidance_scale=1.5),
+    diffusion_sampling=dict(steps=10, guidance_scale=1.5),
     evaluation=dict(features='classifier', samples=2000, reconstructions=2000, batch_size=500,
                     classifier_steps=440),
     sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
-# %% ../nbs/00_run.ipynb #29fe7e19
+# %% ../nbs/00_run.ipynb #5c9baa13
 PRESETS['small'] = dict(
     data='tiny-imagenet', image_size=64, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=4096, code_dim=32, width=96,
@@ -375,19 +376,20 @@ PRESETS['small'] = dict(
     pairs=dict(count=20_000, batch_size=500),
     post_training=dict(steps=4_000, batch_size=128, lr=2e-4, warmup=100),
     autoencoder=dict(latent_channels=8, width=96, multipliers=(1, 2, 4, 4), blocks=2, attention=True),
-    autoencoder_training=dict(steps=30_000, batch_size=128, lr=2e-4, warmup=500),
+    autoencoder_training=dict(steps=30_000, batch_size=128, lr=2e-4, warmup=500, final_lr=.1),
     coda=dict(sides=(1, 2, 3, 4, 6, 8), codebook_size=4096, attention_dim=32),
     coda_quantizer_training=dict(steps=10_000, batch_size=256, lr=5e-3),
     coda_training=dict(steps=10_000, batch_size=128, lr=5e-4, rank=16),
-    masked=dict(width=512, depth=12, heads=8), masked_training=dict(steps=30_000, batch_size=256, lr=4e-4, warmup=1500),
+    masked=dict(width=512, depth=12, heads=8),
+    masked_training=dict(steps=30_000, batch_size=256, lr=4e-4, warmup=1500, betas=(.9, .96)),
     masked_sampling=dict(steps=16, guidance_scale=3.),
     diffusion=dict(width=512, depth=12, heads=8, patch_size=1),
-    diffusion_training=dict(steps=40_000, batch_size=256, lr=1e-4, warmup=1000),
-    diffusion_sampling=dict(steps=50, guidance_scale=1.5),
+    diffusion_training=dict(steps=40_000, batch_size=256, lr=2e-4, warmup=1000),
+    diffusion_sampling=dict(steps=25, guidance_scale=1.5),
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
     sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #cf840269
+# %% ../nbs/00_run.ipynb #b7c4f134
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
@@ -404,11 +406,12 @@ PRESETS['full'] = dict(
     coda=dict(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), codebook_size=65_536, attention_dim=32),
     coda_quantizer_training=dict(steps=20_000, batch_size=256, lr=5e-3),
     coda_training=dict(steps=50_050, batch_size=256, lr=5e-4, rank=32),
-    masked=dict(width=768, depth=25, heads=8), masked_training=dict(steps=500_000, batch_size=2048, lr=4e-4, warmup=5000),
+    masked=dict(width=768, depth=25, heads=8, tied=True),
+    masked_training=dict(steps=500_000, batch_size=2048, lr=4e-4, warmup=5000),
     masked_sampling=dict(steps=32, guidance_scale=3.),
     diffusion=dict(width=1152, depth=28, heads=16, patch_size=1),
-    diffusion_training=dict(steps=1_750_000, batch_size=256, lr=1e-4, warmup=0),
-    diffusion_sampling=dict(steps=250, guidance_scale=1.5),
+    diffusion_training=dict(steps=4_000_000, batch_size=256, lr=1e-4, warmup=0),
+    diffusion_sampling=dict(steps=125, guidance_scale=1.5),
     evaluation=dict(features='inception', samples=50_000, batch_size=250),
     sigmas=(1., .9, .8, .7), seeds=(0,), codebook_sizes=(1024, 4096, 16384))
 

@@ -311,7 +311,7 @@ def train_quantizer(
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #1fed14d9
+# %% ../nbs/03_coda.ipynb #67b45932
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
@@ -322,6 +322,7 @@ def train_coda(
     image_loss:ImageLoss|None=None, # None: squared error and 0.2 of the absolute error
     adversary:Adversary|None=None,  # None: off
     discriminator_lr:float|None=None, # AdamW, weight decay 5e-4; None: `lr`
+    quantizer_weight:float=1.,      # at least 0, of the quantizer's losses; 1 belongs beside LPIPS
     ramp:float=1.,           # in (0, 1], share of the run over which the adversary's weight rises from 0
     posterior:str='mode',    # 'mode' | 'sample', as in the official code
     clip:float=10.,          # largest gradient norm; 0: off
@@ -334,6 +335,7 @@ def train_coda(
 )->list[dict]:               # log rows
     "Adapt an autoencoder and its quantizer to each other (CODA, official recipe)."
     if not 0 < ramp <= 1: raise ValueError(f"ramp must be in (0, 1], got {ramp}")
+    if not quantizer_weight >= 0: raise ValueError(f"quantizer_weight must be at least 0, got {quantizer_weight}")
     here, image_loss = Processes(precision), image_loss or ImageLoss(l1_weight=.2)
     for part in (coda, image_loss, adversary):
         if part is not None: part.to(here.device).train()
@@ -347,7 +349,8 @@ def train_coda(
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.5, .9), weight_decay=5e-4))
-    config = dict(config or {}, batch_size=batch_size, lr=lr, posterior=posterior, ramp=ramp)
+    config = dict(config or {}, batch_size=batch_size, lr=lr, quantizer_weight=quantizer_weight, posterior=posterior,
+                  ramp=ramp)
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='adaptation')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):
@@ -356,8 +359,8 @@ def train_coda(
             z_q, _, losses = coda.quantizer(coda.features(batch, posterior))
             reconstruction = coda.decode_codes(z_q)
         optimizer.zero_grad()
-        log = backward(reconstruction, batch, image_loss, adversary, last_layer, sum(losses.values()),
-                       ramp=min(1., step/(ramp*steps)))
+        log = backward(reconstruction, batch, image_loss, adversary, last_layer,
+                       quantizer_weight*sum(losses.values()), ramp=min(1., step/(ramp*steps)))
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()

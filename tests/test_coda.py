@@ -330,25 +330,29 @@ def test_the_ramp_is_a_share_of_the_run(digits, watched, share, expected):
 def test_a_ramp_that_is_none(digits, ramp):
     with pytest.raises(ValueError, match=rf'ramp must be in \(0, 1\], got {ramp}'): fit(digits, ramp=ramp)
 
+def test_a_weight_below_zero(digits):
+    with pytest.raises(ValueError, match='quantizer_weight must be at least 0, got -1'): fit(digits, quantizer_weight=-1)
+
 def test_no_steps(digits):
     with pytest.raises(ValueError, match='steps must be at least 1, got 0'): fit(digits, steps=0)
 
-def test_adapters_and_quantizer_learn_and_nothing_else(digits):
-    coda = adapted()
+@pytest.mark.parametrize('frozen', [False, True])
+def test_adapters_and_quantizer_learn_and_nothing_else(digits, frozen):
+    coda = adapted().requires_grad_(not frozen)
     before, learning = state(coda), {name for name, _ in coda.named_parameters() if '.adapter.' in name or 'quantizer' in name}
     fit(digits, coda, posterior='sample')
     for name, value in coda.state_dict().items(): assert torch.equal(value, before[name]) != (name in learning), name
     assert not any(p.requires_grad for p in coda.parameters())
 
 def test_without_adapters_the_quantizer_learns_alone(digits):
-    coda = adapted(rank=0)
+    coda = adapted(rank=0).requires_grad_(False)
     before = state(coda)
     fit(digits, coda)
     changed = {name for name, value in coda.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith('quantizer.') for name in changed)
 
 @pytest.mark.parametrize('options', [dict(adversary=None), dict(clip=1e-3), dict(posterior='sample'),
-                                     dict(image_loss=ImageLoss()), dict(weight_decay=.5), dict(ramp=.1)], ids=str)
+                                     dict(image_loss=ImageLoss()), dict(weight_decay=.5), dict(ramp=.1), dict(quantizer_weight=.1)], ids=str)
 def test_each_option_matters(digits, options):
     assert not same(fit(digits)[0].state_dict(), fit(digits, **options)[0].state_dict())
 
@@ -398,6 +402,9 @@ def test_trained_coda_leaves_the_autoencoder_alone_and_is_read_back(digits, tmp_
     assert name == same_name and same(coda.state_dict(), again.state_dict())
     first, first_name = trained_coda(run, evaluation, vae, 'vae', adapt=False)
     assert first_name.startswith('coda_quantizer-') and not lora_convolutions(first.autoencoder)
+    control, _ = trained_coda(run, evaluation, vae, 'vae', rank=0)
+    assert not lora_convolutions(control.autoencoder) and not same(control.quantizer.state_dict(), first.quantizer.state_dict())
+    assert not same(coda.quantizer.state_dict(), first.quantizer.state_dict())
     direct, other = trained_coda(run, evaluation, vae, 'vae', adapt=False, sides=(4,), assignment='nearest')
     assert direct.num_tokens == 16 and other != first_name
 

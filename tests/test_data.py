@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from scipy.stats import binom
-from tokpost.data import (Images, TokenStore, draw_rows, eval_batches, image_batches, load_images,
+from tokpost.data import (LatentStore, Images, TokenStore, draw_rows, eval_batches, image_batches, load_images,
                           make_token_store, square_crop, to_images, to_pixels, token_batches)
 
 def within_binomial_bounds(count, n, p):
@@ -355,6 +355,18 @@ def test_killed_store_is_completed_with_the_same_bytes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['store', 'whole']
     assert torch.equal(store[:], tokens(np.arange(20))) and torch.equal(store.labels, PLAN['labels'])
     assert store.sources.tolist() == list(range(20)) and store[[3, 1]].dtype == torch.long
+
+def test_latents_and_tokens_are_told_apart(tmp_path):
+    make_token_store(tmp_path/'store', tokens, **PLAN)
+    with pytest.raises(ValueError, match='must be a latent store, got one of tokens'): LatentStore(tmp_path/'store')
+    with pytest.raises(ValueError, match='codes, this run needs'): make_token_store(tmp_path/'store', tokens, **PLAN | dict(codebook_size=2**17))
+
+def test_another_run_that_finishes_the_same_store_first_does_no_harm(tmp_path):
+    def make(rows):
+        if rows[0] == 18: make_token_store(tmp_path/'store', tokens, **PLAN) # the other run, in the middle of this one
+        return tokens(rows)
+    store = make_token_store(tmp_path/'store', make, **PLAN)
+    assert torch.equal(store[:], tokens(np.arange(20))) and [p.name for p in tmp_path.iterdir()] == ['store']
 
 def test_complete_store_is_not_made_again(tmp_path):
     make_token_store(tmp_path/'store', tokens, **PLAN, sources=torch.arange(20)*2)

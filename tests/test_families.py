@@ -51,7 +51,9 @@ def test_pairs_are_of_the_real_images(family, parts):
 def test_reencoded_pairs_are_tokens_of_pictures(family, parts):
     run, evaluation, system = parts
     direct, again = (stored_pairs(run, system, evaluation.train, .7, form) for form in ('direct', 'reencoded'))
+    control = stored_pairs(run, system, evaluation.train, 1.)
     assert torch.equal(direct.sources, again.sources) and direct[:].shape == again[:].shape
+    assert torch.equal(control.sources, again.sources) and not torch.equal(control[:], again[:])
     assert not torch.equal(direct[:], again[:])
 
 

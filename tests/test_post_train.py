@@ -48,9 +48,40 @@ def same(a, b): return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
 def test_sigma_one_is_the_true_tokens(tokenizer, generator, digits, tmp_path):
-    pairs = pairs_of(tmp_path/'a', tokenizer, generator, digits, 1.)
+    pairs = pairs_of(tmp_path/'a', tokenizer, generator, digits, 1., form='direct')
     assert torch.equal(pairs[:], tokenizer.encode(digits[pairs.sources]))
     assert torch.equal(pairs.labels, digits.labels[pairs.sources]) and pairs.sources.unique().numel() == 40
+
+
+def test_the_control_goes_through_the_picture_too(tokenizer, digits, tmp_path):
+    "Re-encoded pairs at sigma 1 differ from those below it in the generator alone."
+    recorder = Recorder()
+    pairs = pairs_of(tmp_path/'a', tokenizer, recorder, digits, 1)
+    assert not recorder.calls
+    true = tokenizer.encode(digits[pairs.sources])
+    again = tokenizer.encode(to_images(to_pixels(tokenizer.decode(true).detach())))
+    assert torch.equal(pairs[:], again) and not torch.equal(again, true)
+
+
+def test_images_that_are_not_those_of_the_pairs_are_refused(tokenizer, generator, digits, tmp_path):
+    pairs = pairs_of(tmp_path/'a', tokenizer, generator, digits)
+    with pytest.raises(ValueError, match='images must be those of the pairs'):
+        post_train(copy.deepcopy(tokenizer), pairs, load_images('digits', 'validation', 16), steps=1, batch_size=8)
+
+
+def test_a_decoder_without_weights_is_refused(tokenizer, generator, digits, tmp_path):
+    pairs = pairs_of(tmp_path/'a', tokenizer, generator, digits)
+    with pytest.raises(ValueError, match='decoder must have parameters to train, got ModuleDict'):
+        post_train(copy.deepcopy(tokenizer), pairs, digits, nn.ModuleDict(), steps=1, batch_size=8)
+
+
+@pytest.mark.parametrize('other', [dict(warmup=2), dict(final_lr=.5), dict(clip=1.), dict(ema_horizon=.5), dict(discriminator_lr=1e-5)])
+def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, generator, digits, tmp_path, other):
+    pairs = pairs_of(tmp_path/'a', tokenizer, generator, digits)
+    recipe = dict(steps=1, batch_size=8, warmup=1, folder=tmp_path/'run')
+    post_train(copy.deepcopy(tokenizer), pairs, digits, **recipe)
+    with pytest.raises(ValueError, match=f'was made with {next(iter(other))}='):
+        post_train(copy.deepcopy(tokenizer), pairs, digits, **recipe | other)
 
 
 def test_direct_pairs_are_what_the_generator_wrote(tokenizer, digits, tmp_path):

@@ -311,7 +311,7 @@ def train_quantizer(
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #67b45932
+# %% ../nbs/03_coda.ipynb #aba9b2e8
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
@@ -342,7 +342,7 @@ def train_coda(
     trained = nn.ModuleDict(dict(quantizer=coda.quantizer, adapters=adapters(coda.autoencoder)))
     last_layer, weights = coda.last_layer, list(trained.parameters())
     coda.autoencoder.eval().requires_grad_(False)
-    for weight in (last_layer, *lora_parameters(coda.autoencoder)): weight.requires_grad_()
+    for weight in (*weights, last_layer): weight.requires_grad_()
     optimizer = torch.optim.AdamW(weights, lr, betas=(.5, .9), weight_decay=weight_decay)
     parts = dict(trained=trained, optimizer=optimizer, ema=EMA(trained, ema_decay(steps, ema_horizon)))
     for network in (coda.autoencoder.encoder, coda.decoder): here.compile(network)

@@ -213,7 +213,7 @@ def load_images(
         rows = [rows[int(i)] for i in keep] if isinstance(rows, list) else rows.select(keep)
     return Images(rows, labels, classes, image_size, Path(source).stem, memory)
 
-# %% ../nbs/00_data.ipynb #aa7e1c84
+# %% ../nbs/00_data.ipynb #9bba6bf5
 def draw_rows(
     count:int,      # number of rows to draw from
     batch_size:int, # rows per step, over all processes
@@ -225,7 +225,7 @@ def draw_rows(
     "Row numbers step by step, in random order, every row once per epoch."
     if batch_size % world:
         raise ValueError(f"batch_size must be a multiple of the {world} processes, got {batch_size}")
-    if count < 1: raise ValueError("there are no rows to draw from")
+    if count < 1: raise ValueError(f"count must be at least 1, got {count}: there are no rows to draw from")
     order = lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(count)
     epochs, step = {}, start
     while True:
@@ -286,22 +286,25 @@ def eval_batches(
     parts = np.array_split(np.arange(count), range(batch_size, count, batch_size))
     for rows in parts[rank::world]: yield images[rows], images.labels[rows]
 
-# %% ../nbs/00_data.ipynb #62030647
+# %% ../nbs/00_data.ipynb #c1a30aa9
 class _Store:
     "Rows of one array with their labels, memory-mapped."
+    kind = 'token store'
     def __init__(self,
         folder:str|Path,        # a complete store
         made_by:dict|None=None, # refuse a store that was made by anything else
     ):
         folder = Path(folder)
         if not (folder/'store.json').exists():
-            raise FileNotFoundError(f"no token store at {folder}; make it with make_token_store")
+            raise FileNotFoundError(f"no {self.kind} at {folder}; make it with make_{self.kind.replace(' ', '_')}")
         info = json.loads((folder/'store.json').read_text())
         self.folder, self.made_by, self.codebook_size = folder, info['made_by'], info['codebook_size']
+        if (self.codebook_size is None) != (self.kind == 'latent store'):
+            raise ValueError(f"{folder} must be a {self.kind}, got one of {'latents' if self.codebook_size is None else 'tokens'}")
         for key, ours in json.loads(json.dumps(made_by or {})).items():
             theirs = self.made_by.get(key)
             if theirs != ours:
-                raise ValueError(f"the token store {folder} was made by another {key} ({theirs!r}, not "
+                raise ValueError(f"the {self.kind} {folder} was made by another {key} ({theirs!r}, not "
                                  f"{ours!r}); delete it or name another folder")
         self.rows = np.load(folder/'indices.npy', mmap_mode='r')
         self.labels = torch.from_numpy(np.load(folder/'labels.npy'))
@@ -322,6 +325,7 @@ class TokenStore(_Store):
 
 class LatentStore(_Store):
     "Latents of a data set, memory-mapped."
+    kind = 'latent store'
     @property
     def latents(self): return self.rows # (rows, C, H, W) float32
 
@@ -331,11 +335,11 @@ class LatentStore(_Store):
         "Latents by row number."
         return torch.from_numpy(np.array(self.rows[rows]))
 
-# %% ../nbs/00_data.ipynb #dfd96dfb
+# %% ../nbs/00_data.ipynb #cae21473
 def _make_store(kind, folder, make, labels, shape, codebook_size, made_by, sources, batch_size, rank, world, wait, name):
     "Open a store; make what is missing of it."
     folder, count, shape = Path(folder), len(labels), tuple(shape)
-    if (folder/'store.json').exists(): return _whole(kind(folder, made_by), count, shape)
+    if (folder/'store.json').exists(): return _whole(kind(folder, made_by), count, shape, codebook_size)
     beside = folder.with_name(f'.{folder.name}.partial')
     info = dict(made_by=json.loads(json.dumps(made_by)), codebook_size=codebook_size, batch_size=batch_size,
                 shape=[count, *shape])
@@ -345,15 +349,21 @@ def _make_store(kind, folder, make, labels, shape, codebook_size, made_by, sourc
     missing = [b for b in range(rank, len(done), world) if not done[b]]
     for b in tqdm(missing, desc=name, leave=False, mininterval=.5, disable=rank > 0):
         rows = np.arange(b*batch_size, min((b+1)*batch_size, count))
-        made = make(rows)
+        made = make(rows) if codebook_size else make(rows).float()
         _check_made(made, (len(rows), *shape), codebook_size)
         rows_made[rows] = made.cpu().numpy()
         done[b] = True
     rows_made.flush()
     wait()
-    if rank == 0: os.replace(beside, folder)
+    if rank == 0: _finish_store(beside, folder)
     wait()
     return kind(folder, made_by)
+
+def _finish_store(beside, folder):
+    "Give the store its name, unless another run that made the same one was quicker."
+    try: os.replace(beside, folder)
+    except OSError:
+        if not (folder/'store.json').exists(): raise
 
 def _check_made(made, shape, codebook_size):
     if codebook_size is None:
@@ -399,11 +409,12 @@ def make_latent_store(
     return _make_store(LatentStore, folder, make, labels, shape, None, made_by, sources, batch_size, rank,
                        world, wait, name)
 
-# %% ../nbs/00_data.ipynb #583e4b56
-def _whole(store, count, shape):
-    if store.rows.shape == (count, *shape): return store
-    raise ValueError(f"the token store {store.folder} has shape {store.rows.shape}, this run needs "
-                     f"{(count, *shape)}; delete it or name another folder")
+# %% ../nbs/00_data.ipynb #3bf6ea5d
+def _whole(store, count, shape, codebook_size):
+    found, needed = (*store.rows.shape, store.codebook_size), (count, *shape, codebook_size)
+    if found == needed: return store
+    raise ValueError(f"the {store.kind} {store.folder} has shape {store.rows.shape} and {found[-1]} codes, this run needs "
+                     f"{needed[:-1]} and {codebook_size}; delete it or name another folder")
 
 def _begin_store(beside, info, labels, sources):
     "Reserve the disk space, unless a killed run with the same plan left it."

@@ -50,7 +50,7 @@ def random_mask(
     counts = (share*num_tokens).round().clamp(min=1)               # (batch,)
     return draw(batch, num_tokens).argsort(1).argsort(1) < counts[:, None]
 
-# %% ../nbs/04_masked.ipynb #778f22ce
+# %% ../nbs/04_masked.ipynb #657a9052
 class Codes(nn.Module):
     "Tokens in and logits out, through one table."
     def __init__(self,
@@ -77,9 +77,9 @@ class Codes(nn.Module):
     def forward(self, indices): return self.enter(F.embedding(indices, self.codes)) # (B, N, W)
 
     def logits(self, x): # (..., W) -> (..., K) float32
-        x = self.leave(self.transform(x))
+        x = self.leave(self.transform(x)).float()
         if not hasattr(self, 'embedding'): x = x/math.sqrt(x.shape[-1])  # codes have unit variance
-        return F.linear(x, self.codes, self.bias).float()
+        with torch.autocast(x.device.type, enabled=False): return F.linear(x, self.codes, self.bias)
 
 # %% ../nbs/04_masked.ipynb #f1bdf1a5
 class SkipTransformer(nn.Module):
@@ -378,7 +378,7 @@ def sample_tokens(
                                    choose)
     return (tokens, when) if return_steps else tokens
 
-# %% ../nbs/04_masked.ipynb #a857c695
+# %% ../nbs/04_masked.ipynb #75145332
 def trained_masked(
     run:Run,          # names preset and seed
     store:TokenStore, # training tokens
@@ -388,7 +388,9 @@ def trained_masked(
 )->tuple:             # MaskedTransformer in eval mode, name of the stage
     "The preset's masked generator on these tokens; trained now, resumed, or read from disk."
     sizes, training = dict(run.size['masked']), run.size['masked_training']
-    table = codes.detach().cpu() if sizes.pop('tied', False) else None
+    tied = sizes.pop('tied', False)
+    if tied and codes is None: raise ValueError("codes must be given where the preset's masked has tied=True, got None")
+    table = codes.detach().cpu() if tied else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(run.seed, 'masked'))
         model = MaskedTransformer(store.codebook_size, store.indices.shape[1], num_classes, sides=sides,

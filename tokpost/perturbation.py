@@ -265,7 +265,7 @@ def perturb_levels(
                              indices.device)
     return replace_tokens(indices, ranks, codebook, table, normalize, delta)
 
-# %% ../nbs/02_perturbation.ipynb #4155dd43
+# %% ../nbs/02_perturbation.ipynb #b2abe84d
 def perturb_in_loop(
     ranks:Tensor,          # (B, N) long, of `draw_level_ranks`, for the images of this batch
     codebook:Tensor,       # (K, D) codes that the decoder sums, as they are now
@@ -276,7 +276,7 @@ def perturb_in_loop(
     "A residual quantizer's tokens perturbed level by level, where later levels compensate."
     parts, codebook = [part.flatten(1) for part in split_levels(ranks, sides)], codebook.detach()
     def perturb(level, indices):
-        return replace_tokens(indices, parts[level], codebook, table, normalize)
+        return replace_tokens(indices, parts[level].to(indices.device), codebook, table, normalize)
     return perturb
 
 # %% ../nbs/02_perturbation.ipynb #688dc82c

@@ -100,10 +100,10 @@ def _distances(batches, encode, ways, network, reference, device, progress, desc
     if real.count != n: raise ValueError(f"reference must be of the same {n} images, got {real.count}")
     return {way: frechet_distance(statistics, real) for way, statistics in seen.items()}, n
 
-# %% ../nbs/06_pfid.ipynb #7d5b0bf2
+# %% ../nbs/06_pfid.ipynb #060b0030
 def _settings(alphas, deltas, codebook_size):
     deltas = pfid_deltas(codebook_size) if deltas is None else deltas
-    if not len(alphas) or not len(deltas): raise ValueError("alphas and deltas must not be empty")
+    if not len(alphas) or not len(deltas): raise ValueError(f"alphas and deltas must not be empty, got {alphas} and {deltas}")
     for alpha in alphas:
         if not 0 <= alpha <= 1: raise ValueError(f"alphas must be in [0, 1], got {alpha}")
     for delta in deltas:
@@ -229,7 +229,7 @@ def residual_pfid(
     mean = _mean(rows[:len(grid)])
     return ResidualPFIDResult(mean, fd.get(clean), rows, network.name, n, K, sides, seed)
 
-# %% ../nbs/06_pfid.ipynb #8b84a718
+# %% ../nbs/06_pfid.ipynb #8dde3427
 LATENT_PFID_TIMES = (.1, .15, .2, .25, .3)
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _encode_latents(tokenizer, images):
     return z
 
 def _latent_settings(times, latent_std):
-    if not len(times): raise ValueError("times must not be empty")
+    if not len(times): raise ValueError(f"times must not be empty, got {times}")
     for t in times:
         if not 0 <= t < 1: raise ValueError(f"times must be in [0, 1), got {t}")
     if not 0 < latent_std < float('inf'): raise ValueError(f"latent_std must be above 0, got {latent_std}")

@@ -24,7 +24,7 @@ from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
-# %% ../nbs/05_post_train.ipynb #6f1b4266
+# %% ../nbs/05_post_train.ipynb #9d2eacfa
 FAMILIES = 'autoregressive', 'masked', 'diffusion'
 
 @dataclass
@@ -32,7 +32,7 @@ class System:
     "A tokenizer and the generator that was trained on its tokens or latents."
     tokenizer:Any       # has `encode`, `decode`, `decoder` and `last_layer`, and `codebook` if it is discrete
     generator:Any       # has `sample`
-    adversary:Adversary|None # of the tokenizer's training
+    adversary:Adversary|None # of the tokenizer's training; of the autoencoder's, where CODA made it discrete
     sampling:dict       # arguments of `generator.sample`, of the preset
     made_by:dict        # names of tokenizer and generator
 
@@ -57,7 +57,7 @@ def trained_system(
     key = 'sampling' if family == 'autoregressive' else f'{family}_sampling'
     return System(tokenizer, generator, adversary, run.size[key], dict(tokenizer=name, generator=made_by))
 
-# %% ../nbs/05_post_train.ipynb #10eb8ab5
+# %% ../nbs/05_post_train.ipynb #79aac3e0
 def make_pairs(
     folder,           # of the store
     tokenizer,        # frozen; has `encode` and `decode`, and `codebook` if it is discrete
@@ -68,29 +68,33 @@ def make_pairs(
     form:str='reencoded', # 'reencoded': decoded and encoded again, as in the paper | 'direct'
     made_by:dict|None=None, # names tokenizer and generator, in JSON's terms
     sampling:dict|None=None, # further arguments of `generator.sample`
-    batch_size:int=256, # rows per call of the generator
+    batch_size:int=256, # rows per call of the generator; the draws depend on it
     seed:int=0,       # decides images and sampling
+    precision:str='auto', # of the generator: 'fp32' | 'bf16' | 'auto'
 )->TokenStore|LatentStore: # rewritten rows, labels, and the row of each real image in `sources`
     "Let the generator rewrite the tokens or latents of real images (RobusTok, sec. 3.3 and A.5)."
     if not 0 <= sigma <= 1: raise ValueError(f"sigma must be in [0, 1], got {sigma}")
     if form not in ('reencoded', 'direct'):
         raise ValueError(f"form must be 'reencoded' or 'direct', got {form!r}")
     if count < 1: raise ValueError(f"count must be at least 1, got {count}")
-    here = Processes()
+    here, sigma = Processes(precision), float(sigma)
+    for part in (tokenizer, generator):
+        if isinstance(part, nn.Module): part.to(here.device)
     rows = torch.from_numpy(next(draw_rows(len(images), count, fold(seed, 'pairs') % 2**32))[2])
 
     @torch.no_grad()
     def make(batch):
-        true = tokenizer.encode(images[rows[batch]].to(here.device))
-        if sigma == 1: return true
-        draws = seeded(seed, 'rewrite', int(batch[0]), device=here.device)
-        written = generator.sample(images.labels[rows[batch]].to(here.device), true, sigma, generator=draws,
-                                   **(sampling or {}))
+        written = true = tokenizer.encode(images[rows[batch]].to(here.device))
+        if sigma < 1:
+            draws = seeded(seed, 'rewrite', int(batch[0]), device=here.device)
+            with here.autocast():
+                written = generator.sample(images.labels[rows[batch]].to(here.device), true, sigma, generator=draws,
+                                           **(sampling or {}))
         if form == 'direct': return written
         return tokenizer.encode(to_images(to_pixels(tokenizer.decode(written))))
 
-    made_by = dict(made_by or {}, sigma=sigma, form=form, seed=seed, sampling=sampling or {},
-                   images=images.fingerprint)
+    made_by = dict(made_by or {}, sigma=sigma, form=form, seed=seed, sampling=sampling or {}, batch_size=batch_size,
+                   images=images.fingerprint, precision=here.precision)
     with torch.no_grad(): one = tokenizer.encode(images[[0]].to(here.device))[0]
     shared = dict(made_by=made_by, sources=rows, batch_size=batch_size, rank=here.rank, world=here.world,
                   wait=here.wait, name=f'pairs at sigma {sigma:g}')
@@ -98,7 +102,7 @@ def make_pairs(
         return make_latent_store(folder, make, images.labels[rows], one.shape, **shared)
     return make_token_store(folder, make, images.labels[rows], len(one), len(tokenizer.codebook), **shared)
 
-# %% ../nbs/05_post_train.ipynb #3178a833
+# %% ../nbs/05_post_train.ipynb #1e09046d
 def stored_pairs(
     run:Run,          # its preset says how many
     system:System,    # frozen
@@ -109,12 +113,12 @@ def stored_pairs(
 )->TokenStore|LatentStore: # of `make_pairs`
     "The pairs of a preset, made once and kept."
     options, seed = run.size['pairs'], run.seed if seed is None else seed
-    about = dict(sigma=sigma, form=form, seed=seed, sampling=system.sampling)
+    about = dict(sigma=float(sigma), form=form, seed=seed, sampling=system.sampling)
     folder = run.folder('pairs', **about, **system.made_by, **options)
-    return make_pairs(folder/'tokens', system.tokenizer, system.generator, images, made_by=system.made_by, **about,
-                      **options)
+    return make_pairs(folder/'tokens', system.tokenizer, system.generator, images, made_by=system.made_by,
+                      precision=run.here.precision, **about, **options)
 
-# %% ../nbs/05_post_train.ipynb #eba7003c
+# %% ../nbs/05_post_train.ipynb #87303cf1
 def post_train(
     tokenizer,               # its decoder is trained in place; has `decode`
     pairs:TokenStore|LatentStore, # of `make_pairs`
@@ -138,7 +142,13 @@ def post_train(
     config:dict|None=None,   # further entries that a checkpoint must agree on
 )->list[dict]:               # log rows
     "Teach the decoder to return the real images (RobusTok, sec. 3.3; configs/post-train.yaml)."
-    here, image_loss, decoder = Processes(precision), image_loss or ImageLoss(), decoder or tokenizer.decoder
+    here, image_loss = Processes(precision), image_loss or ImageLoss()
+    decoder = tokenizer.decoder if decoder is None else decoder
+    theirs = pairs.made_by.get('images')
+    if theirs not in (None, images.fingerprint):
+        raise ValueError(f"images must be those of the pairs ({theirs}), got others ({images.fingerprint})")
+    if not list(decoder.parameters()):
+        raise ValueError(f"decoder must have parameters to train, got {type(decoder).__name__} without any")
     if isinstance(tokenizer, nn.Module): tokenizer.to(here.device).eval().requires_grad_(False)
     decoder.to(here.device).train().requires_grad_(True)
     weights = list(decoder.parameters())
@@ -150,7 +160,8 @@ def post_train(
         parts.update(adversary=adversary.to(here.device).train(), discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
     config = dict(config or {}, pairs=pairs.made_by, judged=judged.made_by if judged else None,
-                  batch_size=batch_size, lr=lr)
+                  batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, clip=clip, ema_horizon=ema_horizon,
+                  discriminator_lr=discriminator_lr, adversary=adversary is not None, precision=here.precision)
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps, warmup, final_lr),
                 name='post-training')
     drawn = lambda store, seed: draw_rows(len(store), batch_size, seed, loop.start, here.rank, here.world)

@@ -552,13 +552,17 @@ def read_table(
             return table
     raise FileNotFoundError(f"no result {name!r} under {project_root()/out}; run its notebook first")
 
-# %% ../nbs/00_run.ipynb #8591ead4
+# %% ../nbs/00_run.ipynb #d274342d
 def cached(
     path:str|Path,  # a .safetensors file, usually in `Run.folder`
     make:Callable,  # () -> nested state of tensors and numbers
+    together:bool=False, # all processes call `make`, whose parts they compute together; False: the main one alone
 ):                  # what `make` returned, now or earlier
     "Make something once; the main process writes, the others read."
-    here = Processes()
-    if here.is_main and not Path(path).exists(): save_state(path, make())
-    here.wait() # also where the file is there already: another process may have seen it missing
+    here, path = Processes(), Path(path)
+    missing = here.sum(torch.tensor(float(here.is_main and not path.exists()), device=here.device)) > 0
+    if missing and (together or here.is_main):
+        state = make()
+        if here.is_main: save_state(path, state)
+    here.wait()
     return load_state(path)

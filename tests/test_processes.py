@@ -3,7 +3,8 @@ import os, subprocess, sys, time
 from pathlib import Path
 import pytest, tokpost.run, torch
 from torch import nn
-from tokpost.data import image_batches, load_images, make_token_store
+from tokpost.coda import inject_lora, lora_parameters
+from tokpost.data import image_batches, load_images, make_latent_store, make_token_store
 from tokpost.evaluate import merge_over_processes
 from tokpost.losses import Adversary, ImageLoss, PatchDiscriminator, backward, semantic_loss
 from tokpost.metrics import FrechetStatistics
@@ -136,8 +137,34 @@ def late(here, folder):
     total = here.sum(torch.tensor([1.]))/here.world
     return dict(made=made, total=total)
 
+def together(here, folder):
+    "What all processes compute is computed by all, and once."
+    calls = []
+    def make():
+        calls.append(1)
+        return dict(total=here.sum(mine(here, torch.arange(6.)).sum()))
+    made = [cached(folder/'together.safetensors', make, together=True)['total'] for _ in range(2)]
+    return dict(made=made, calls=here.sum(torch.tensor(len(calls)))/here.world)
+
+def token_stores_of_latents(here, folder):
+    make = lambda rows: torch.as_tensor(rows)[:, None, None, None].expand(-1, 2, 3, 3)/7
+    store = make_latent_store(folder/'store', make, torch.arange(22) % 5, (2, 3, 3), dict(autoencoder='a'), batch_size=3,
+                              rank=here.rank, world=here.world, wait=here.wait)
+    return dict(latents=store[:], labels=store.labels)
+
+def lora(here, folder):
+    "Gradients of adapters, averaged over processes."
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    inject_lora(network, [''], rank=2)
+    for p in lora_parameters(network): nn.init.normal_(p, std=.1)
+    x = mine(here, torch.randn(8, 3, 6, 6, generator=rng()))
+    (network(x)-x).square().mean().backward()
+    here.mean_gradients(lora_parameters(network))
+    return gradients_of(network)
+
 CHECKS = [gradients, sum_and_gather, counts, checkpoint, batches, token_store, adversary, meaning, quantizer,
-          statistics, late]
+          statistics, late, together, token_stores_of_latents, lora]
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):

@@ -147,7 +147,7 @@ def _check_weights(**weights):
     for name, weight in weights.items():
         if not 0 <= weight < math.inf: raise ValueError(f"{name} must be in [0, inf), got {weight}")
 
-# %% ../nbs/01_attention.ipynb #b0b67819
+# %% ../nbs/01_attention.ipynb #1676312a
 class AttentionQuantizer(nn.Module):
     "Quantizer that assigns codes by attention (CODA)."
     straight_through = 'assignment' # where the gradient passes, for `ResidualQuantizer`
@@ -169,7 +169,7 @@ class AttentionQuantizer(nn.Module):
             raise ValueError(f"entropy_temperature must be in (0, inf), got {entropy_temperature}")
         self.codebook_size, self.code_dim, self.attention_dim = codebook_size, code_dim, attention_dim
         self.commitment_cost, self.entropy_weight = commitment_cost, entropy_weight
-        self.entropy_temperature, self.chunk, self._shared = entropy_temperature, chunk, None
+        self.entropy_temperature, self.norm, self.chunk, self._shared = entropy_temperature, norm, chunk, None
         self.embedding = nn.Parameter(torch.randn(codebook_size, code_dim))
         self.query, self.key = nn.Linear(code_dim, attention_dim), nn.Linear(code_dim, attention_dim)
         self.value = nn.Linear(code_dim, code_dim)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LoRAConv2d', 'inner_convolutions', 'inject_lora', 'lora_convolutions', 'adapters', 'lora_parameters', 'merge_lora',
-           'save_adapters', 'load_adapters', 'running_order', 'build_quantizer', 'CODA', 'train_quantizer',
-           'train_coda', 'save_coda', 'load_coda', 'trained_coda']
+           'save_adapters', 'load_adapters', 'running_order', 'build_quantizer', 'quantizer_options', 'CODA',
+           'train_quantizer', 'train_coda', 'save_coda', 'load_coda', 'trained_coda']
 
-# %% ../nbs/03_coda.ipynb #c797e006
+# %% ../nbs/03_coda.ipynb #836e3cf0
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Callable
 import torch, torch.nn.functional as F
@@ -17,6 +18,7 @@ from .attention import AttentionQuantizer
 from .data import Images, image_batches, token_batches
 from .evaluate import Evaluation
 from .losses import Adversary, ImageLoss, backward, build_adversary, train_discriminator
+from .perturbation import PerturbationSchedule, draw_level_ranks, perturb_in_loop
 from .quantizer import VectorQuantizer
 from .residual import ResidualQuantizer
 from .run import (EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, load_state, save_state,
@@ -184,7 +186,7 @@ def running_order(
         for hook in hooks: hook.remove()
     return list(dict.fromkeys(order))
 
-# %% ../nbs/03_coda.ipynb #bf9d8ce9
+# %% ../nbs/03_coda.ipynb #c5079847
 def build_quantizer(
     code_dim:int,           # D, channels of the latents
     sides:tuple=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), # of the levels, coarse to fine; the last is the latent's
@@ -204,7 +206,19 @@ def build_quantizer(
         else: quantizer = VectorQuantizer(codebook_size, code_dim, normalize=False, **options)
     return ResidualQuantizer(quantizer, list(sides))
 
-# %% ../nbs/03_coda.ipynb #02bda73f
+def quantizer_options(
+    quantizer:ResidualQuantizer, # over an `AttentionQuantizer` or a `VectorQuantizer`
+)->dict:                    # arguments of `build_quantizer`, JSON-ready
+    "What a quantizer was built with."
+    inner = quantizer.quantizer
+    attention = isinstance(inner, AttentionQuantizer)
+    kept = ('attention_dim', 'commitment_cost', 'entropy_weight', 'entropy_temperature', 'norm') if attention else (
+        'commitment_cost', 'ema_decay', 'restart')
+    return dict(sides=list(quantizer.sides), codebook_size=inner.codebook_size,
+                assignment='attention' if attention else 'nearest',
+                **{name: getattr(inner, name, None) for name in kept})
+
+# %% ../nbs/03_coda.ipynb #25a59aca
 class CODA(nn.Module):
     "A continuous autoencoder with a residual quantizer of its latents (CODA)."
     def __init__(self,
@@ -233,9 +247,10 @@ class CODA(nn.Module):
     def features(self,
         images:Tensor,        # (B, 3, H, W) in [-1, 1]
         posterior:str='mode', # 'mode' | 'sample', as in the official code
+        generator:torch.Generator|None=None, # of the sample; None draws from torch's global generator
     )->Tensor:                # (B, D, h, h), float32
         "Latents before quantization."
-        z = self.autoencoder.encode(images, posterior).float()
+        z = self.autoencoder.encode(images, posterior, generator).float()
         if z.shape[-2:] != (self.sides[-1],)*2:
             raise ValueError(f"sides must end at the side of the latents, {tuple(z.shape[-2:])}, "
                              f"got {self.sides}")
@@ -245,9 +260,10 @@ class CODA(nn.Module):
     def encode(self,
         images:Tensor,        # (B, 3, H, W) in [-1, 1]
         posterior:str='mode', # 'mode' | 'sample'
+        generator:torch.Generator|None=None, # of the sample; None draws from torch's global generator
     )->Tensor:                # (B, num_tokens) long, coarse to fine
         "Images to indices."
-        return self.quantizer.assign(self.features(images, posterior))
+        return self.quantizer.assign(self.features(images, posterior, generator))
 
     def decode_codes(self,
         codes:Tensor, # (B, h*h, D)
@@ -273,7 +289,7 @@ class CODA(nn.Module):
         found = list(self.decoder_adapters().parameters())
         return found[-1] if found else self.autoencoder.last_layer
 
-# %% ../nbs/03_coda.ipynb #1d839130
+# %% ../nbs/03_coda.ipynb #e4c6eb0c
 def train_quantizer(
     quantizer:ResidualQuantizer, # trained in place; ends with its averaged weights
     latents,                 # `LatentStore`, or `Tokens(latents, labels)` in memory
@@ -289,10 +305,11 @@ def train_quantizer(
 )->list[dict]:               # log rows; `error` is the squared error of the copy
     "Teach a quantizer to copy latents."
     here = Processes('fp32')
-    quantizer.to(here.device).train()
+    quantizer.to(here.device).train().requires_grad_()
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr, betas=(.5, .9), weight_decay=weight_decay)
     parts = dict(quantizer=quantizer, optimizer=optimizer, ema=EMA(quantizer, ema_decay(steps, ema_horizon)))
-    config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay)
+    config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay, clip=clip, ema_horizon=ema_horizon,
+                  **quantizer_options(quantizer))
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='quantizer')
     batches = token_batches(latents, batch_size, seed, loop.start, here.rank, here.world)
     for step, (z, _) in zip(loop, batches):
@@ -311,7 +328,7 @@ def train_quantizer(
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #aba9b2e8
+# %% ../nbs/03_coda.ipynb #589aace3
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
@@ -325,6 +342,7 @@ def train_coda(
     quantizer_weight:float=1.,      # at least 0, of the quantizer's losses; 1 belongs beside LPIPS
     ramp:float=1.,           # in (0, 1], share of the run over which the adversary's weight rises from 0
     posterior:str='mode',    # 'mode' | 'sample', as in the official code
+    perturbation:PerturbationSchedule|None=None, # of the codes, inside the loop of levels; None: clean codes only
     clip:float=10.,          # largest gradient norm; 0: off
     ema_horizon:float=.1,    # share of the run that the average looks back on
     augment:bool=False,      # mirror and crop
@@ -342,23 +360,30 @@ def train_coda(
     trained = nn.ModuleDict(dict(quantizer=coda.quantizer, adapters=adapters(coda.autoencoder)))
     last_layer, weights = coda.last_layer, list(trained.parameters())
     coda.autoencoder.eval().requires_grad_(False)
-    for weight in (*weights, last_layer): weight.requires_grad_()
+    for weight in (*weights, last_layer): weight.requires_grad_()          # whatever froze them before
     optimizer = torch.optim.AdamW(weights, lr, betas=(.5, .9), weight_decay=weight_decay)
     parts = dict(trained=trained, optimizer=optimizer, ema=EMA(trained, ema_decay(steps, ema_horizon)))
     for network in (coda.autoencoder.encoder, coda.decoder): here.compile(network)
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.5, .9), weight_decay=5e-4))
-    config = dict(config or {}, batch_size=batch_size, lr=lr, quantizer_weight=quantizer_weight, posterior=posterior,
-                  ramp=ramp)
+    config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay, posterior=posterior, ramp=ramp,
+                  quantizer_weight=quantizer_weight, clip=clip, ema_horizon=ema_horizon, augment=augment,
+                  discriminator_lr=discriminator_lr, adversary=adversary is not None, precision=here.precision,
+                  perturbation=asdict(perturbation) if perturbation else None, **quantizer_options(coda.quantizer))
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='adaptation')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
+    def perturbed(count, progress):
+        if not perturbation: return None
+        ranks = draw_level_ranks(count, coda.sides, **perturbation(progress), device=here.device)
+        return perturb_in_loop(ranks, coda.codebook, coda.sides)
     for step, (batch, _) in zip(loop, batches):
         batch = batch.to(here.device)
         with here.autocast():
-            z_q, _, losses = coda.quantizer(coda.features(batch, posterior))
+            z_q, _, losses = coda.quantizer(coda.features(batch, posterior), perturbed(len(batch), step/steps))
             reconstruction = coda.decode_codes(z_q)
         optimizer.zero_grad()
+        last_layer.grad = None
         log = backward(reconstruction, batch, image_loss, adversary, last_layer,
                        quantizer_weight*sum(losses.values()), ramp=min(1., step/(ramp*steps)))
         here.mean_gradients(weights)
@@ -373,19 +398,15 @@ def train_coda(
     coda.eval().requires_grad_(False)
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #dc17c93a
+# %% ../nbs/03_coda.ipynb #bdc93952
 def save_coda(
     coda:CODA,       # its quantizer comes from `build_quantizer`
     folder:str|Path, # gets quantizer.safetensors and, if there are adapters, adapters.safetensors
 )->Path:             # `folder`
     "Save what was trained."
-    inner = coda.quantizer.quantizer
-    attention = isinstance(inner, AttentionQuantizer)
-    about = dict(code_dim=inner.code_dim, sides=coda.sides, codebook_size=inner.codebook_size,
-                 assignment='attention' if attention else 'nearest')
-    if attention: about['attention_dim'] = inner.attention_dim
-    folder = Path(folder)
+    about, folder = dict(code_dim=coda.quantizer.code_dim, **quantizer_options(coda.quantizer)), Path(folder)
     if lora_convolutions(coda.autoencoder): save_adapters(coda.autoencoder, folder/'adapters.safetensors')
+    else: (folder/'adapters.safetensors').unlink(missing_ok=True)
     save_state(folder/'quantizer.safetensors', dict(about=about, weights=coda.quantizer.state_dict()))
     return folder
 
@@ -397,11 +418,11 @@ def load_coda(
     path, state = Path(folder)/'adapters.safetensors', load_state(Path(folder)/'quantizer.safetensors')
     quantizer = build_quantizer(**state['about'])
     quantizer.load_state_dict(state['weights'])
-    coda = CODA(autoencoder, quantizer)
+    coda = CODA(autoencoder, quantizer.to(next(autoencoder.parameters()).device))
     if path.exists(): load_adapters(autoencoder, path)
     return coda.eval().requires_grad_(False)
 
-# %% ../nbs/03_coda.ipynb #c933d905
+# %% ../nbs/03_coda.ipynb #9d35dcb3
 def trained_coda(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -409,6 +430,7 @@ def trained_coda(
     made_by:str,           # names the autoencoder
     adapt:bool=True,       # with stage B
     rank:int|None=None,    # of the adapters; None: the preset's, 0: stage B trains the quantizer alone
+    perturbed:bool=False,  # stage B with the preset's perturbation of codes
     **changes,             # of the preset's `coda`, such as `sides`
 )->tuple:                  # CODA in eval mode, name of the stage
     "The preset's discrete autoencoder; trained now, resumed, or read from disk."
@@ -422,7 +444,9 @@ def trained_coda(
     if not adapt: return coda, folder.name
     training, losses = dict(size['coda_training']), dict(size['losses'])
     training['rank'] = training['rank'] if rank is None else rank
-    folder = run.folder('coda', quantizer=folder.name, losses=losses, **training)
+    schedule = PerturbationSchedule(**size['perturbation']) if perturbed else None
+    about = dict(training, perturbation=size['perturbation']) if perturbed else training
+    folder = run.folder('coda', quantizer=folder.name, losses=losses, **about)
     match, rank = training.pop('match', None), training.pop('rank')
     match = match or inner_convolutions(coda.autoencoder.encoder, coda.decoder)
     if rank: inject_lora(coda.autoencoder, match, rank, seed=fold(seed, 'adapters'))
@@ -430,6 +454,6 @@ def trained_coda(
     losses = dict(weight=1., lecam_weight=0., augment=False) | losses
     adversary = build_adversary(kind, size['image_size'], seed=fold(seed, 'adversary'), **losses)
     image_loss = ImageLoss(evaluation.perceptual, l1_weight=.2)
-    train_coda(coda, evaluation.train, image_loss=image_loss, adversary=adversary, seed=seed, folder=folder,
-               precision=run.here.precision, **training)
+    train_coda(coda, evaluation.train, image_loss=image_loss, adversary=adversary, perturbation=schedule, seed=seed,
+               folder=folder, precision=run.here.precision, **training)
     return coda, folder.name

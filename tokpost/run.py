@@ -45,7 +45,7 @@ def fast_bfloat16(
     names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
 
-# %% ../nbs/00_run.ipynb #e8f59bcb
+# %% ../nbs/00_run.ipynb #d5d8cedc
 class Processes:
     "The processes that share this run, and the numerical precision they compute in."
     def __init__(self,
@@ -69,7 +69,10 @@ class Processes:
         module:nn.Module, # called with fixed shapes
     ):                    # the same module, compiled in place on a GPU
         "Compile on a GPU; on a CPU compiling takes longer than it saves."
-        if self.device.type == 'cuda': module.compile()
+        if self.device.type == 'cuda':
+            import torch._functorch.config as functorch
+            functorch.donated_buffer = False # the adaptive weight goes through a graph twice
+            module.compile()
         return module
 
     def sum(self,

@@ -73,7 +73,7 @@ MAR_NAMES = (*CODA_NAMES, (r'^autoencoder\.encoder\.0\.', 'vae.encoder.'),
              (r'^autoencoder\.decoder\.1\.', 'vae.decoder.'),
              (r'^vae\..*', lambda found: ldm_name(found[0])))
 
-# %% ../nbs/07_released.ipynb #cb284ca7
+# %% ../nbs/07_released.ipynb #f2959c9a
 def read_checkpoint(
     path:str|Path, # .safetensors, or a file of `torch.save`
 )->dict:           # name -> tensor
@@ -83,7 +83,8 @@ def read_checkpoint(
         if path.suffix == '.safetensors': state = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+                state = torch.load(path, map_location='cpu', weights_only=True,
+                                   mmap=zipfile.is_zipfile(path))
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as weights ({str(error)[:200]}); delete it and fetch it "
                          f"again") from error
@@ -96,7 +97,7 @@ def read_checkpoint(
         raise ValueError(f"{path} must hold tensors by name, got {list(state)[:4]}")
     return state
 
-# %% ../nbs/07_released.ipynb #9f7930a5
+# %% ../nbs/07_released.ipynb #424a5c7c
 def _sides(x): return None if x is None else [side for side in x.shape if side != 1]
 
 def fill(
@@ -121,7 +122,8 @@ def fill(
                              f"{shape(mine)} here{f' ({own})' if own else ''}")
     arrange_fn = arrange_fn or (lambda own, value: value)
     with torch.no_grad():
-        for own, name in names.items(): ours[own].copy_(arrange_fn(own, state[name]).view(ours[own].shape))
+        for own, name in names.items():
+            ours[own].copy_(arrange_fn(own, state[name]).reshape(ours[own].shape))
     return module.eval()
 
 # %% ../nbs/07_released.ipynb #028ebfa0
@@ -201,9 +203,7 @@ class Affine(nn.Module):
 
     def forward(self, x): return x*self.scale + self.shift
 
-# %% ../nbs/07_released.ipynb #36bd8d59
-def _named_layers(layers): return nn.Sequential(OrderedDict(layers))
-
+# %% ../nbs/07_released.ipynb #c8a594bb
 def build_maskgit_vq(
     codebook_size:int=1024, # K
     code_dim:int=256,       # D
@@ -221,16 +221,18 @@ def build_maskgit_vq(
             channels = multiplier*width
         if level < len(multipliers)-1: down.append((f'down_{level}_pool', nn.AvgPool2d(2)))
     down += [*middle, *end(channels), ('conv_out', nn.Conv2d(channels, code_dim, 1))]
-    up = [('conv_in', conv(code_dim, channels)), *((name, MaskGITBlock(channels, channels)) for name, _ in middle)]
+    up = [('conv_in', conv(code_dim, channels)),
+          *((name, MaskGITBlock(channels, channels)) for name, _ in middle)]
     for level, multiplier in reversed(list(enumerate(multipliers))):
         for i in range(2):
             up.append((f'up_{level}_block_{i}', MaskGITBlock(channels, multiplier*width)))
             channels = multiplier*width
         if level: up += [(f'up_{level}_twice', nn.Upsample(scale_factor=2)),
                          (f'up_{level}_upsample_conv', conv(channels, channels))]
-    decoder = _named_layers([*up, *end(channels), ('conv_out', conv(channels, 3)), ('range', Affine(2, -1))])
-    return Tokenizer(_named_layers(down), VectorQuantizer(codebook_size, code_dim, normalize=False), decoder,
-                     256, decoder.conv_out.weight)
+    up += [*end(channels), ('conv_out', conv(channels, 3)), ('range', Affine(2, -1))]
+    encoder, decoder = nn.Sequential(OrderedDict(down)), nn.Sequential(OrderedDict(up))
+    codes = VectorQuantizer(codebook_size, code_dim, normalize=False)
+    return Tokenizer(encoder, codes, decoder, 256, decoder.conv_out.weight)
 
 MASKGIT_NAMES = (
     (r'(down|up)_(\d)_(block_)?', r'\1.\2.\3'), (r'block_(\d)', r'block.\1'), (r'mid_(\d)', r'mid.\1'),
@@ -238,11 +240,11 @@ MASKGIT_NAMES = (
     (r'\.body\.5\.', '.conv2.'), (r'\.shortcut\.', '.nin_shortcut.'),
     (r'^quantizer\.embedding$', 'quantize.embedding.weight'))
 
-# %% ../nbs/07_released.ipynb #ce0a6d9d
+# %% ../nbs/07_released.ipynb #fc18b011
 def grid_rotations(
     side:int,         # of the grid of tokens
     head_width:int,   # channels of a head, a multiple of 4
-    base:float=10_000.,
+    base:float=10_000., # the slowest pair turns by about 1/base per step
 )->Tensor:            # (1+side*side, head_width/2) complex64; 0 for the class token
     "Rotary positions in two dimensions (RoPE, Su et al. 2021; LlamaGen, autoregressive/models/gpt.py)."
     half = head_width//2
@@ -403,7 +405,7 @@ def register(
     "Add released models to the table."
     for row in rows: RELEASED[row.name] = row
 
-# %% ../nbs/07_released.ipynb #06fea508
+# %% ../nbs/07_released.ipynb #a8d3367a
 _SIZES = dict(b=dict(width=768, depth=24), l=dict(width=1024, depth=24), xl=dict(width=1280, depth=32),
               xxl=dict(width=1408, depth=40, mlp_ratio=6144/1408))
 _rar = partial(RAR, heads=16, official_tables=True)
@@ -415,9 +417,11 @@ register(
                'qiuk2/RobusTok', _ROBUSTOK_IGNORE, colours_first)
       for stage, file in (('main', 'main-train.pt'), ('post', 'post-train.pt'))),
     *(Released(f'robustok-rar-{size}', 'generator', 'qiuk6/RobusTok', {'': f'rar_{size}.bin'},
-               partial(_rar, codebook_size=4096, **_SIZES[size]), RAR_NAMES, 'qiuk2/RobusTok') for size in ('b', 'l')),
+               partial(_rar, codebook_size=4096, **_SIZES[size]), RAR_NAMES, 'qiuk2/RobusTok')
+      for size in ('b', 'l')),
     *(Released(f'rar-{size}', 'generator', 'yucornetto/RAR', {'': f'rar_{size}.bin'},
-               partial(_rar, codebook_size=1024, **_SIZES[size]), RAR_NAMES, 'bytedance/1d-tokenizer') for size in _SIZES))
+               partial(_rar, codebook_size=1024, **_SIZES[size]), RAR_NAMES, 'bytedance/1d-tokenizer')
+      for size in _SIZES))
 
 # %% ../nbs/07_released.ipynb #26ca7973
 def _coda_files(folder): return {f'{part}.': f'{folder}/{part}_ema.pth' for part in ('vae', 'quantizer')}
@@ -450,7 +454,7 @@ def released(
     if name not in RELEASED: raise ValueError(f"name must be one of {sorted(RELEASED)}, got {name!r}")
     return RELEASED[name]
 
-# %% ../nbs/07_released.ipynb #ccc8c911
+# %% ../nbs/07_released.ipynb #c2f1245f
 def seeded_weights(
     shapes:dict, # name -> sequence of sides
     seed:int=0,  # decides the values, together with the names
@@ -458,21 +462,25 @@ def seeded_weights(
     "Reproducible weights for a state dict."
     state = {}
     for name, shape in shapes.items():
-        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(tuple(shape), np.float32)
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        noise = rng.standard_normal(tuple(shape), np.float32)
         if len(shape) > 1: noise *= 1. if shape[0] == 1 else float(np.prod(shape[1:]))**-.5
         elif name.endswith(('weight', 'gamma')): noise = 1 + noise/10
         else: noise /= 10
         state[name] = torch.from_numpy(noise)
     return state
 
-# %% ../nbs/07_released.ipynb #4b9c0df1
+# %% ../nbs/07_released.ipynb #e4a98a8a
 def checked(
     path:str|Path,      # a file
     expected:str|None,  # its sha256 in hexadecimal digits; None: not known
 )->Path:                # `path`
     "Compare a file with its checksum."
     if expected is None: return Path(path)
-    with open(path, 'rb') as file: found = hashlib.file_digest(file, 'sha256').hexdigest()
+    found = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while part := file.read(2**24): found.update(part)
+    found = found.hexdigest()
     if found != expected:
         raise ValueError(f"{path} must have sha256 {expected}, got {found}; delete {Path(path).resolve()} and "
                          f"fetch it again")
@@ -494,13 +502,15 @@ def _find(row, file, folder, online):
     local = folder/Path(file).name
     if local.exists(): return checked(local, row.sha256.get(file))
     place = f'huggingface.co/{row.repo}/resolve/{row.revision}/{file}'
-    if not online: raise FileNotFoundError(f"no {Path(file).name} at {folder}; fetch it from {place} and put it there")
+    if not online:
+        raise FileNotFoundError(f"no {local.name} at {folder}; fetch it from {place} and put it there")
     try:
         from huggingface_hub import hf_hub_download
         found = Path(hf_hub_download(row.repo, file, revision=row.revision))
     except (ImportError, OSError) as error: # the hub's own errors are OSErrors
-        raise FileNotFoundError(f"could not download {file} of {row.name!r} ({type(error).__name__}); fetch {place} "
-                                f"on a machine with a network and put it at {local}") from error
+        raise FileNotFoundError(
+            f"could not download {file} of {row.name!r} ({type(error).__name__}); fetch {place} on a machine "
+            f"with a network and put it at {local}") from error
     blob = found.resolve().name          # the hub names large files by their sha256
     return checked(found, row.sha256.get(file, blob if re.fullmatch('[0-9a-f]{64}', blob) else None))
 

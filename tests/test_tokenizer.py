@@ -48,7 +48,7 @@ def test_vqgan_sizes():
 
 def test_vit_latents_read_the_image_and_pixels_read_the_latents():
     torch.manual_seed(0)
-    encoder, decoder = ViTEncoder(8, 32, **TINY).eval(), ViTDecoder(8, 32, **TINY).eval()
+    encoder, decoder = ViTEncoder(8, image_size=32, **TINY).eval(), ViTDecoder(8, image_size=32, **TINY).eval()
     images = torch.randn(2, 3, 32, 32)
     z = encoder(images)
     changed = images.clone()
@@ -63,7 +63,7 @@ def test_vit_latents_read_the_image_and_pixels_read_the_latents():
 
 
 def test_patches_land_where_they_belong():
-    decoder = ViTDecoder(8, 32, **TINY).eval()
+    decoder = ViTDecoder(8, image_size=32, **TINY).eval()
     decoder.transform = lambda first, second: F.one_hot(torch.arange(17).clamp(max=191), 192).float().expand(len(first), -1, -1)
     with torch.no_grad():
         decoder.pixels.weight.zero_()

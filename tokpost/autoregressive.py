@@ -328,7 +328,7 @@ def write_tokens(
         tokens[:, t] = choose_fn(t, logits)
     return tokens
 
-# %% ../nbs/04_autoregressive.ipynb #5870a204
+# %% ../nbs/04_autoregressive.ipynb #fa963809
 def sample_tokens(
     model:RAR,                # trained; its mode (training or evaluation) is restored
     labels:Tensor,            # (B,) long in 0..num_classes-1
@@ -347,7 +347,7 @@ def sample_tokens(
     "Draw tokens in raster order, with guidance and forced tokens (RAR; RobusTok, section 3.3)."
     check_sampling(model, labels, indices, sigma, temperature, top_k, top_p)
     weights = guidance_weights(guidance_scale, model.num_tokens, guidance_power, guidance_schedule)
-    device = model.inputs.cls_token.device
+    device = next(model.parameters()).device
     race = torch.Generator(device).manual_seed(draw_seed(generator))
     mask = preservation_mask((len(labels), model.num_tokens), sigma, generator).to(device)
     labels, indices = labels.to(device), None if indices is None else indices.to(device).long()

@@ -396,16 +396,16 @@ def test_trained_coda_leaves_the_autoencoder_alone_and_is_read_back(digits, tmp_
     run.root = tmp_path
     evaluation, vae = Evaluation(run), small_vae()
     before = state(vae)
-    coda, name = trained_coda(run, evaluation, vae, 'vae')
+    coda, _, name = trained_coda(run, evaluation, vae, 'vae')
     assert same(before, vae.state_dict()) and not lora_convolutions(vae) and name.startswith('coda-')
-    again, same_name = trained_coda(run, evaluation, vae, 'vae')
+    again, _, same_name = trained_coda(run, evaluation, vae, 'vae')
     assert name == same_name and same(coda.state_dict(), again.state_dict())
-    first, first_name = trained_coda(run, evaluation, vae, 'vae', adapt=False)
+    first, _, first_name = trained_coda(run, evaluation, vae, 'vae', adapt=False)
     assert first_name.startswith('coda_quantizer-') and not lora_convolutions(first.autoencoder)
-    control, _ = trained_coda(run, evaluation, vae, 'vae', rank=0)
+    control, _, _ = trained_coda(run, evaluation, vae, 'vae', rank=0)
     assert not lora_convolutions(control.autoencoder) and not same(control.quantizer.state_dict(), first.quantizer.state_dict())
     assert not same(coda.quantizer.state_dict(), first.quantizer.state_dict())
-    direct, other = trained_coda(run, evaluation, vae, 'vae', adapt=False, sides=(4,), assignment='nearest')
+    direct, _, other = trained_coda(run, evaluation, vae, 'vae', adapt=False, sides=(4,), assignment='nearest')
     assert direct.num_tokens == 16 and other != first_name
 
 def test_post_training_of_the_decoders_adapters(digits, tmp_path):

@@ -422,7 +422,7 @@ def load_coda(
     if path.exists(): load_adapters(autoencoder, path)
     return coda.eval().requires_grad_(False)
 
-# %% ../nbs/03_coda.ipynb #9d35dcb3
+# %% ../nbs/03_coda.ipynb #833dd255
 def trained_coda(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -432,7 +432,7 @@ def trained_coda(
     rank:int|None=None,    # of the adapters; None: the preset's, 0: stage B trains the quantizer alone
     perturbed:bool=False,  # stage B with the preset's perturbation of codes
     **changes,             # of the preset's `coda`, such as `sides`
-)->tuple:                  # CODA in eval mode, name of the stage
+)->tuple:                  # CODA in eval mode, Adversary of stage B or None, name of the stage
     "The preset's discrete autoencoder; trained now, resumed, or read from disk."
     size, seed, device = run.size, run.seed, run.here.device
     about, training = dict(size['coda'], **changes), size['coda_quantizer_training']
@@ -441,7 +441,7 @@ def trained_coda(
     folder = run.folder('coda_quantizer', autoencoder=made_by, **about, **training)
     train_quantizer(quantizer, latents, seed=seed, folder=folder, **training)
     coda = CODA(copy.deepcopy(autoencoder), quantizer).to(device).eval().requires_grad_(False)
-    if not adapt: return coda, folder.name
+    if not adapt: return coda, None, folder.name
     training, losses = dict(size['coda_training']), dict(size['losses'])
     training['rank'] = training['rank'] if rank is None else rank
     schedule = PerturbationSchedule(**size['perturbation']) if perturbed else None
@@ -456,4 +456,4 @@ def trained_coda(
     image_loss = ImageLoss(evaluation.perceptual, l1_weight=.2)
     train_coda(coda, evaluation.train, image_loss=image_loss, adversary=adversary, perturbation=schedule, seed=seed,
                folder=folder, precision=run.here.precision, **training)
-    return coda, folder.name
+    return coda, adversary, folder.name

@@ -24,7 +24,7 @@ from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
-# %% ../nbs/05_post_train.ipynb #9d2eacfa
+# %% ../nbs/05_post_train.ipynb #5572cc1c
 FAMILIES = 'autoregressive', 'masked', 'diffusion'
 
 @dataclass
@@ -32,7 +32,7 @@ class System:
     "A tokenizer and the generator that was trained on its tokens or latents."
     tokenizer:Any       # has `encode`, `decode`, `decoder` and `last_layer`, and `codebook` if it is discrete
     generator:Any       # has `sample`
-    adversary:Adversary|None # of the tokenizer's training; of the autoencoder's, where CODA made it discrete
+    adversary:Adversary|None # of the tokenizer's training
     sampling:dict       # arguments of `generator.sample`, of the preset
     made_by:dict        # names of tokenizer and generator
 
@@ -45,7 +45,7 @@ def trained_system(
     if family not in FAMILIES: raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
     if family == 'autoregressive': tokenizer, adversary, name = main_trained(run, evaluation)
     else: tokenizer, adversary, name = trained_autoencoder(run, evaluation)
-    if family == 'masked': tokenizer, name = trained_coda(run, evaluation, tokenizer, name)
+    if family == 'masked': tokenizer, adversary, name = trained_coda(run, evaluation, tokenizer, name)
     store, classes = tokenize(run, tokenizer, evaluation.train, name), evaluation.train.num_classes
     if family == 'autoregressive': generator, made_by = trained_generator(run, store, classes)
     elif family == 'masked': generator, made_by = trained_masked(run, store, classes, tokenizer.sides, tokenizer.codebook)

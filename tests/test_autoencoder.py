@@ -436,3 +436,18 @@ def test_a_checkpoint_of_another_vae_is_refused(tmp_path):
         fit_weights(build_mar_kl16(32), state | {'loss.weight': torch.zeros(1)}, 'kl16', ldm_name)
     del state['quant_conv.bias']
     with pytest.raises(ValueError, match='quant_conv.bias has nothing there'): fit_weights(build_mar_kl16(32), state, 'kl16', ldm_name)
+
+
+@pytest.mark.parametrize('other', [dict(warmup=2), dict(final_lr=.5), dict(clip=1.), dict(ema_horizon=.5), dict(augment=True)])
+def test_a_checkpoint_of_another_recipe_is_refused(digits, tmp_path, other):
+    recipe = dict(steps=1, batch_size=4, lr=1e-3, warmup=0, folder=tmp_path/'run', precision='fp32')
+    small = dict(latent_channels=2, width=8, multipliers=(1, 2), blocks=1, attention=False)
+    train_autoencoder(build_autoencoder(**small), digits, **recipe)
+    with pytest.raises(ValueError, match=f'was made with {next(iter(other))}='):
+        train_autoencoder(build_autoencoder(**small), digits, **recipe | other)
+
+
+@pytest.mark.parametrize('content', [torch.zeros(3), dict(a=torch.zeros(3), epoch=3), [torch.zeros(3)]])
+def test_files_without_tensors_by_name_are_refused(tmp_path, content):
+    torch.save(content, tmp_path/'kl16.pt')
+    with pytest.raises(ValueError, match='must hold tensors by name'): load_mar_kl16(tmp_path/'kl16.pt')

@@ -152,3 +152,12 @@ def test_bad_input(digits):
     with pytest.raises(ValueError, match=r'indices must be in \[0, 64\), got \[64, 64\]'): tokenizer.decode(torch.full((1, 16), 64))
     with pytest.raises(ValueError, match="got 'mlp'"): build_tokenizer(16, 64, 8, 'mlp')
     with pytest.raises(ValueError, match="got 'gan'"): build_adversary('gan')
+
+
+@pytest.mark.parametrize('other', [dict(warmup=2), dict(final_lr=.5), dict(clip=1.), dict(ema_horizon=.5), dict(augment=True),
+                                   dict(perturbation=PerturbationSchedule(delta=4))])
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, other):
+    recipe, digits = dict(steps=1, batch_size=4, lr=1e-3, warmup=0, folder=tmp_path/'run'), load_images('digits', 'validation', 16)
+    train_tokenizer(build_tokenizer(16, **SIZES), digits, **recipe)
+    with pytest.raises(ValueError, match=f'was made with {next(iter(other))}='):
+        train_tokenizer(build_tokenizer(16, **SIZES), digits, **recipe | other)

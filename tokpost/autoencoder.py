@@ -43,7 +43,7 @@ def kl_divergence(
     if log_variance is None: return mean.new_zeros(len(mean))
     return (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)/2
 
-# %% ../nbs/02_autoencoder.ipynb #a8be8bac
+# %% ../nbs/02_autoencoder.ipynb #031a1f0c
 class Autoencoder(nn.Module):
     "Encoder, decoder, and the normalisation of the latents between them (LDM, Rombach et al. 2022)."
     def __init__(self,
@@ -67,6 +67,7 @@ class Autoencoder(nn.Module):
     ):
         "Latents become (latent-shift)*scale."
         for name, value in dict(scale=scale, shift=shift).items():
+            value = value.detach().cpu() if isinstance(value, Tensor) else value
             value, sign, C = np.ravel(value), 'positive ' if name == 'scale' else '', self.latent_channels
             if len(value) not in (1, C) or not np.isfinite(value).all() or sign and value.min() <= 0:
                 raise ValueError(f"{name} must be a {sign}number or {C} of them, got {value.tolist()}")
@@ -162,7 +163,7 @@ def normalize_latents(
     autoencoder.set_normalization(1/deviation, mean)
     return autoencoder
 
-# %% ../nbs/02_autoencoder.ipynb #a3bbffab
+# %% ../nbs/02_autoencoder.ipynb #4d06c74c
 def train_autoencoder(
     autoencoder:Autoencoder, # trained in place; ends with its averaged weights, latents normalised
     images:Images,           # training split
@@ -197,7 +198,9 @@ def train_autoencoder(
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
-    config = dict(config or {}, batch_size=batch_size, lr=lr, kl_weight=kl_weight)
+    config = dict(config or {}, batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, kl_weight=kl_weight,
+                  discriminator_lr=discriminator_lr, discriminator_start=start, adversary=adversary is not None,
+                  clip=clip, ema_horizon=ema_horizon, augment=augment, precision=here.precision)
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps, warmup, final_lr),
                 name='autoencoder')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
@@ -222,7 +225,7 @@ def train_autoencoder(
     normalize_latents(autoencoder.eval(), images)
     return loop.rows
 
-# %% ../nbs/02_autoencoder.ipynb #d3c5d267
+# %% ../nbs/02_autoencoder.ipynb #e611987a
 def read_weights(
     path:str|Path, # .safetensors, or a torch file; its entry 'model' or 'state_dict' if it has one
     fetch:str,     # where the file comes from, for the error
@@ -236,7 +239,10 @@ def read_weights(
     try: state = read(path)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as weights ({error}); fetch it again from {fetch}") from error
-    for entry in ('model', 'state_dict'): state = state.get(entry, state)
+    if isinstance(state, dict):
+        for entry in ('model', 'state_dict'): state = state.get(entry, state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} must hold tensors by name, got {type(state).__name__}; fetch it again from {fetch}")
     return {name: value.float() for name, value in state.items()}
 
 def fit_weights(

@@ -6,8 +6,9 @@
 __all__ = ['LatentTransformer', 'ViTEncoder', 'ViTDecoder', 'Tokenizer', 'build_tokenizer', 'SemanticTeacher', 'train_tokenizer',
            'main_trained']
 
-# %% ../nbs/03_tokenizer.ipynb #af90a085
+# %% ../nbs/03_tokenizer.ipynb #6655375a
 import math
+from dataclasses import asdict
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Images, image_batches
@@ -176,7 +177,7 @@ class SemanticTeacher(FrozenViT):
         with torch.no_grad(): tokens = self.network.forward_features(self.normalize(images))
         return self.project(tokens[:, 0])
 
-# %% ../nbs/03_tokenizer.ipynb #9d1a862b
+# %% ../nbs/03_tokenizer.ipynb #7f68bbeb
 def train_tokenizer(
     tokenizer:Tokenizer,     # trained in place; ends with its averaged weights
     images:Images,           # training split
@@ -213,7 +214,11 @@ def train_tokenizer(
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
             adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
-    loop = Loop(folder, steps, parts, seed, dict(config or {}, batch_size=batch_size, lr=lr, steps=steps),
+    config = dict(config or {}, batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, clip=clip, augment=augment,
+                  discriminator_lr=discriminator_lr, discriminator_start=start, adversary=adversary is not None,
+                  perturbation=asdict(perturbation) if perturbation else None, teacher=teacher is not None,
+                  semantic_weight=semantic_weight, ema_horizon=ema_horizon, precision=here.precision)
+    loop = Loop(folder, steps, parts, seed, config,
                 schedule=warmup_cosine(steps, warmup, final_lr), name='main training')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):

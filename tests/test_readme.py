@@ -29,10 +29,13 @@ def test_pictures_and_notebooks_exist():
     for name in set(re.findall(r'`(\d\d_\w+)`', README)): assert (ROOT/f'nbs/{name}.ipynb').exists(), name
 
 
-@pytest.mark.parametrize('name', ['post_training_arms_mnist', 'robust_tokenizers_mnist'])
-def test_numbers_are_those_of_the_files(name):
+@pytest.mark.parametrize('name, seeds', [('post_training_arms_mnist', 3), ('post_training_arms_masked_mnist', 3), ('coda_ladder', 3),
+                                         ('post_training_arms_diffusion_mnist', 3), ('robust_tokenizers_mnist', 3), ('coda_taef2', 1)])
+def test_numbers_are_those_of_the_files(name, seeds):
     table = read_table(name, 'laptop')
     record = table.attrs['record']
-    assert record['commit'] and record['device'] and len(record['seeds']) >= 3
-    for column in ('gfid', 'difference'):
-        for value in table.get(column, []): assert f'{value:.3f}' in README
+    assert record['commit'] and record['device'] and len(record['seeds']) >= seeds
+    columns = {column: digits for column, digits in dict(gfid=3, difference=3, psnr=2).items() if column in table}
+    assert columns
+    for column, digits in columns.items():
+        for value in table[column].dropna(): assert f'{value:.{digits}f}' in README

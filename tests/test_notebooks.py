@@ -52,7 +52,7 @@ def test_exports_need_neither_nbdev_nor_fastcore(path):
 
 def test_modules_import_where_only_torch_is():
     "Heavy libraries are imported by the functions that need them."
-    heavy = ['datasets', 'timm', 'lpips', 'torch_fidelity', 'torchmetrics', 'sklearn', 'matplotlib', 'pandas',
+    heavy = ['datasets', 'diffusers', 'timm', 'lpips', 'torch_fidelity', 'torchmetrics', 'sklearn', 'matplotlib', 'pandas',
              'nbdev', 'fastcore']
     modules = ', '.join(f'tokpost.{name}' for name in sorted(FLOORS))
     code = f"import sys\nfor name in {heavy}: sys.modules[name] = None\nimport {modules}"

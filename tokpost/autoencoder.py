@@ -7,7 +7,7 @@ __all__ = ['draw_posterior', 'kl_divergence', 'Autoencoder', 'build_autoencoder'
            'read_weights', 'fit_weights', 'tiny_encoder', 'tiny_decoder', 'load_taef2', 'from_diffusers',
            'load_diffusers', 'build_mar_kl16', 'ldm_name', 'load_mar_kl16', 'load_autoencoder', 'trained_autoencoder']
 
-# %% ../nbs/02_autoencoder.ipynb #420d474f
+# %% ../nbs/02_autoencoder.ipynb #b65fc737
 import hashlib, math, os, re
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from .data import Images, image_batches
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, build_adversary, train_discriminator
+from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
 from .networks import cnn_decoder, cnn_encoder
 from .run import EMA, Loop, Processes, Run, cached, ema_decay, fold, warmup_cosine
 
@@ -383,7 +383,7 @@ def load_mar_kl16(
     state = read_weights(path, 'huggingface.co/jadechoghari/mar (kl16.safetensors)')
     return from_diffusers(fit_weights(build_mar_kl16(), state, path, ldm_name))
 
-# %% ../nbs/02_autoencoder.ipynb #2b78430c
+# %% ../nbs/02_autoencoder.ipynb #ea29f057
 def load_autoencoder(
     pretrained:str|Path, # 'mar-kl16', 'taef2', a kl16 file, or what `load_diffusers` takes
     subfolder:str='',    # for diffusers
@@ -402,10 +402,8 @@ def trained_autoencoder(
     "The preset's autoencoder: trained now, resumed, read from disk, or finished (`pretrained`)."
     size, about = run.size, dict(run.size['autoencoder'], **changes)
     if 'pretrained' in about: return _finished(run, evaluation, about)
-    losses = dict(size['losses'])
-    kind, _, _ = (losses.pop(key, None) for key in ('adversary', 'semantic', 'perceptual'))
     autoencoder = build_autoencoder(seed=fold(run.seed, 'autoencoder'), **about)
-    adversary = build_adversary(kind, size['image_size'], seed=fold(run.seed, 'adversary'), **losses)
+    adversary = named_adversary(size['losses'], size['image_size'], fold(run.seed, 'adversary'))
     folder = run.folder('autoencoder', **about, losses=size['losses'], **size['autoencoder_training'])
     train_autoencoder(autoencoder, evaluation.train, image_loss=ImageLoss(evaluation.perceptual),
                       adversary=adversary, seed=run.seed, folder=folder, precision=run.here.precision,

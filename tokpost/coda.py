@@ -7,7 +7,7 @@ __all__ = ['LoRAConv2d', 'inner_convolutions', 'inject_lora', 'lora_convolutions
            'save_adapters', 'load_adapters', 'running_order', 'build_quantizer', 'quantizer_options', 'CODA',
            'train_quantizer', 'train_coda', 'save_coda', 'load_coda', 'trained_coda']
 
-# %% ../nbs/03_coda.ipynb #836e3cf0
+# %% ../nbs/03_coda.ipynb #3b82fdd1
 import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import AttentionQuantizer
 from .data import Images, image_batches, token_batches
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, build_adversary, train_discriminator
+from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
 from .perturbation import PerturbationSchedule, draw_level_ranks, perturb_in_loop
 from .quantizer import VectorQuantizer
 from .residual import ResidualQuantizer
@@ -422,7 +422,7 @@ def load_coda(
     if path.exists(): load_adapters(autoencoder, path)
     return coda.eval().requires_grad_(False)
 
-# %% ../nbs/03_coda.ipynb #833dd255
+# %% ../nbs/03_coda.ipynb #65856fb6
 def trained_coda(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -442,17 +442,16 @@ def trained_coda(
     train_quantizer(quantizer, latents, seed=seed, folder=folder, **training)
     coda = CODA(copy.deepcopy(autoencoder), quantizer).to(device).eval().requires_grad_(False)
     if not adapt: return coda, None, folder.name
-    training, losses = dict(size['coda_training']), dict(size['losses'])
+    training = dict(size['coda_training'])
     training['rank'] = training['rank'] if rank is None else rank
     schedule = PerturbationSchedule(**size['perturbation']) if perturbed else None
     about = dict(training, perturbation=size['perturbation']) if perturbed else training
-    folder = run.folder('coda', quantizer=folder.name, losses=losses, **about)
+    folder = run.folder('coda', quantizer=folder.name, losses=size['losses'], **about)
     match, rank = training.pop('match', None), training.pop('rank')
     match = match or inner_convolutions(coda.autoencoder.encoder, coda.decoder)
     if rank: inject_lora(coda.autoencoder, match, rank, seed=fold(seed, 'adapters'))
-    kind, _, _ = (losses.pop(key, None) for key in ('adversary', 'semantic', 'perceptual'))
-    losses = dict(weight=1., lecam_weight=0., augment=False) | losses
-    adversary = build_adversary(kind, size['image_size'], seed=fold(seed, 'adversary'), **losses)
+    adversary = named_adversary(size['losses'], size['image_size'], fold(seed, 'adversary'), weight=1., lecam_weight=0.,
+                                augment=False)
     image_loss = ImageLoss(evaluation.perceptual, l1_weight=.2)
     train_coda(coda, evaluation.train, image_loss=image_loss, adversary=adversary, perturbation=schedule, seed=seed,
                folder=folder, precision=run.here.precision, **training)

@@ -7,7 +7,7 @@ __all__ = ['interpolate', 'time_features', 'place_features', 'Condition', 'Final
            'draw_times', 'check_latents', 'train_diffusion', 'time_grid', 'euler', 'heun', 'euler_maruyama',
            'guided_velocity', 'sample_latents', 'trained_diffusion']
 
-# %% ../nbs/04_diffusion.ipynb #99bda4bf
+# %% ../nbs/04_diffusion.ipynb #941f8677
 import math
 from itertools import pairwise
 from typing import Callable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .data import LatentStore, token_batches
 from .networks import Block, decay_groups, modulate
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
-from .sampling import draw_seed, drop_classes, in_eval_mode
+from .sampling import check_labels, draw_seed, drop_classes, in_eval_mode
 from .tokens import Tokens
 
 # %% ../nbs/04_diffusion.ipynb #cdf82ef5
@@ -169,17 +169,14 @@ def draw_times(
     options = dict(generator=generator, device=device)
     return torch.rand(count, **options) if kind == 'uniform' else torch.randn(count, **options).sigmoid()
 
-# %% ../nbs/04_diffusion.ipynb #6b4526a7
+# %% ../nbs/04_diffusion.ipynb #66b7ac3a
 def check_latents(
     model:nn.Module,     # has latent_shape and num_classes
     latents:Tensor|None, # must be (B, *latent_shape)
     labels:Tensor,       # must be (B,) in [0, num_classes)
 ):
     "Refuse latents and labels that the model was not built for."
-    C = model.num_classes
-    if labels.dim() != 1 or len(labels) and not 0 <= labels.min() <= labels.max() < C:
-        found = sorted({labels.min().item(), labels.max().item()}) if len(labels) else []
-        raise ValueError(f"labels must be (B,) in [0, {C}), got {tuple(labels.shape)} with {found}")
+    check_labels(labels, model.num_classes)
     shape = (len(labels), *model.latent_shape)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ImageLoss', 'PatchDiscriminator', 'frozen_vit', 'FrozenViT', 'DINODiscriminator', 'augment_for_discriminator',
-           'hinge_loss', 'Adversary', 'backward', 'train_discriminator', 'build_adversary', 'semantic_loss']
+           'hinge_loss', 'Adversary', 'backward', 'train_discriminator', 'build_adversary', 'named_adversary',
+           'semantic_loss']
 
 # %% ../nbs/01_losses.ipynb #591aaaa3
 import math
@@ -272,7 +273,7 @@ def train_discriminator(
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/01_losses.ipynb #9cf14d31
+# %% ../nbs/01_losses.ipynb #df655e21
 def build_adversary(
     kind:str|None='patch', # 'patch' | 'dino' | None: off
     image_size:int=256,    # pixels
@@ -289,6 +290,16 @@ def build_adversary(
         layers = 2 if image_size < 64 else 3
         discriminator = PatchDiscriminator(width, layers) if kind == 'patch' else DINODiscriminator()
     return Adversary(discriminator, **options)
+
+def named_adversary(
+    losses:dict,    # of a preset: `adversary`, and arguments of `build_adversary`
+    image_size:int, # pixels
+    seed:int,       # decides the initial weights
+    **defaults,     # of `build_adversary`, where the preset says nothing
+)->Adversary|None:  # untrained
+    "The adversary that a preset's losses name."
+    options = {key: value for key, value in losses.items() if key not in ('adversary', 'semantic', 'perceptual')}
+    return build_adversary(losses.get('adversary'), image_size, seed=seed, **defaults | options)
 
 # %% ../nbs/01_losses.ipynb #430510bb
 def semantic_loss(

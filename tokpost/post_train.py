@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'System', 'trained_system', 'make_pairs', 'stored_pairs', 'post_train']
 
-# %% ../nbs/05_post_train.ipynb #dc9e64c9
+# %% ../nbs/05_post_train.ipynb #0df89b2d
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +18,13 @@ from .data import (Images, LatentStore, TokenStore, draw_rows, make_latent_store
                           to_pixels)
 from .diffusion import trained_diffusion
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, build_adversary, train_discriminator
+from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
 from .masked import trained_masked
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, warmup_cosine
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
-# %% ../nbs/05_post_train.ipynb #5572cc1c
+# %% ../nbs/05_post_train.ipynb #79d5895d
 FAMILIES = 'autoregressive', 'masked', 'diffusion'
 
 @dataclass
@@ -51,9 +51,7 @@ def trained_system(
     elif family == 'masked': generator, made_by = trained_masked(run, store, classes, tokenizer.sides, tokenizer.codebook)
     else: generator, made_by = trained_diffusion(run, store, classes)
     if adversary is None: # a pretrained autoencoder has none
-        named = run.size['losses']
-        adversary = build_adversary(named['adversary'], run.size['image_size'], named.get('width', 64),
-                                    fold(run.seed, 'adversary'))
+        adversary = named_adversary(run.size['losses'], run.size['image_size'], fold(run.seed, 'adversary'))
     key = 'sampling' if family == 'autoregressive' else f'{family}_sampling'
     return System(tokenizer, generator, adversary, run.size[key], dict(tokenizer=name, generator=made_by))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['drop_classes', 'guidance_weights', 'filter_logits', 'draw_tokens', 'preservation_mask', 'in_eval_mode', 'draw_seed',
-           'check_tokens', 'check_sampling']
+           'check_labels', 'check_tokens', 'check_sampling']
 
 # %% ../nbs/02_sampling.ipynb #fa031c2e
 import math
@@ -92,17 +92,24 @@ def draw_seed(
     device = 'cpu' if generator is None else generator.device
     return torch.randint(2**62, (), generator=generator, device=device).item()
 
-# %% ../nbs/02_sampling.ipynb #6da87e5e
+# %% ../nbs/02_sampling.ipynb #0955d6ab
+def check_labels(
+    labels:Tensor,   # must be (B,) in [0, num_classes)
+    num_classes:int, # without the null class
+):
+    "Refuse labels that a model has no class for."
+    if labels.dim() != 1 or len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        found = sorted({labels.min().item(), labels.max().item()}) if len(labels) else []
+        raise ValueError(f"labels must be (B,) in [0, {num_classes}), got {tuple(labels.shape)} with {found}")
+
 def check_tokens(
     model:nn.Module, # has codebook_size, num_tokens and num_classes
     indices:Tensor,  # must be (B, N) in [0, codebook_size)
     labels:Tensor,   # must be (B,) in [0, num_classes)
 ):
     "Refuse tokens and labels that the model has no embedding for."
-    K, N, C = model.codebook_size, model.num_tokens, model.num_classes
-    if labels.dim() != 1 or len(labels) and not 0 <= labels.min() <= labels.max() < C:
-        found = [*{labels.min().item(), labels.max().item()}] if len(labels) else []
-        raise ValueError(f"labels must be (B,) in [0, {C}), got {tuple(labels.shape)} with {found}")
+    K, N = model.codebook_size, model.num_tokens
+    check_labels(labels, model.num_classes)
     if indices is None: return
     if indices.shape != (len(labels), N):
         raise ValueError(f"indices must be ({len(labels)}, {N}), got {tuple(indices.shape)}")

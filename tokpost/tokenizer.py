@@ -6,14 +6,14 @@
 __all__ = ['LatentTransformer', 'ViTEncoder', 'ViTDecoder', 'Tokenizer', 'build_tokenizer', 'SemanticTeacher', 'train_tokenizer',
            'main_trained']
 
-# %% ../nbs/03_tokenizer.ipynb #6655375a
+# %% ../nbs/03_tokenizer.ipynb #deed3591
 import math
 from dataclasses import asdict
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Images, image_batches
 from .evaluate import Evaluation
-from .losses import (Adversary, FrozenViT, ImageLoss, backward, build_adversary, frozen_vit, semantic_loss,
+from .losses import (Adversary, FrozenViT, ImageLoss, backward, frozen_vit, named_adversary, semantic_loss,
                             train_discriminator)
 from .networks import cnn_decoder, cnn_encoder
 from .perturbation import PerturbationSchedule, perturb_quantized
@@ -244,7 +244,7 @@ def train_tokenizer(
     tokenizer.eval()
     return loop.rows
 
-# %% ../nbs/03_tokenizer.ipynb #643722f5
+# %% ../nbs/03_tokenizer.ipynb #cc736af3
 def main_trained(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -254,11 +254,10 @@ def main_trained(
     "The preset's tokenizer after main training; trained now, resumed, or read from disk."
     size = run.size
     about = dict(size['tokenizer'], **tokenizer_changes)
-    losses, perturbation = dict(size['losses']), size['perturbation'] if perturbed else None
+    perturbation = size['perturbation'] if perturbed else None
     tokenizer = build_tokenizer(size['image_size'], seed=fold(run.seed, 'tokenizer'), **about)
-    kind, semantic, _ = (losses.pop(key, None) for key in ('adversary', 'semantic', 'perceptual'))
-    teacher = SemanticTeacher(about['code_dim'], size['image_size']) if semantic else None
-    adversary = build_adversary(kind, size['image_size'], seed=fold(run.seed, 'adversary'), **losses)
+    teacher = SemanticTeacher(about['code_dim'], size['image_size']) if size['losses'].get('semantic') else None
+    adversary = named_adversary(size['losses'], size['image_size'], fold(run.seed, 'adversary'))
     folder = run.folder('tokenizer', **about, losses=size['losses'], perturbation=perturbation,
                         **size['main_training'])
     schedule = PerturbationSchedule(**perturbation) if perturbed else None

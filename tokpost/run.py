@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'fold', 'generator', 'fast_bfloat16', 'compile_in_place', 
            'load_state', 'warmup_cosine', 'EMA', 'ema_decay', 'Loop', 'project_root', 'fingerprint', 'environment',
            'Run', 'read_table', 'cached']
 
-# %% ../nbs/00_run.ipynb #468565a7
-import copy, hashlib, json, math, os, platform, resource, subprocess, sys, time
+# %% ../nbs/00_run.ipynb #7fbee0aa
+import atexit, copy, hashlib, json, math, os, platform, resource, subprocess, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable
@@ -45,7 +45,7 @@ def fast_bfloat16(
     names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
 
-# %% ../nbs/00_run.ipynb #77507ec9
+# %% ../nbs/00_run.ipynb #9e36e539
 def compile_in_place(
     module:nn.Module, # called with fixed shapes
     **options,        # of `torch.compile`
@@ -65,6 +65,7 @@ class Processes:
         if precision not in ('auto', 'fp32', 'bf16'):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
         state = PartialState(cpu=not torch.cuda.is_available())
+        atexit.register(state.destroy_process_group) # an open group can abort a process that has finished
         self.device, self.rank, self.world = state.device, state.process_index, state.num_processes
         self.is_main, self.wait = state.is_main_process, state.wait_for_everyone
         bf16 = precision == 'bf16' or precision == 'auto' and fast_bfloat16(self.device)

@@ -18,5 +18,6 @@ setup(
     extras_require={'dev': settings['dev_requirements'].split()},
     long_description=(here/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    entry_points={'nbdev': [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
+    entry_points={'nbdev': [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
+                  'console_scripts': settings['console_scripts'].split()},
 )

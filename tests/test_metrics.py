@@ -396,6 +396,77 @@ def test_fidelity_metrics_of_few_images_and_of_a_network_without_logits(classifi
         fidelity_metrics(random_images(9), random_images(15), network)
     with pytest.raises(ValueError, match='at least one batch'): extract_features(iter([]), network)
 
+def linear_network(dim=12, classes=7):
+    weight = 2*torch.randn(dim, classes, generator=generator(5))
+    return FeatureNetwork(nn.Flatten(), 'linear', dim, head=lambda x: x.float() @ weight)
+
+@pytest.mark.parametrize('n, part_size', [(600, 100), (600, 600), (600, None), (640, 64)])
+def test_inception_score_is_torch_fidelitys(n, part_size):
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    network, x = linear_network(), torch.randn(n, 12, generator=generator())
+    theirs = isc_features_to_metric(network.head(x), splits=n//(part_size or n), shuffle=False)['inception_score_mean']
+    for batch_size in (7, 64, 1000):
+        assert inception_score(x, network, part_size, batch_size) == pytest.approx(theirs, rel=1e-6) # float32 logits
+
+def test_inception_score_is_adms_form():
+    "Parts of 5,000 in order, the last one shorter; in numpy, as the evaluator writes it."
+    network, x = linear_network(), torch.randn(12_000, 12, generator=generator())
+    p, scores = network.head(x).double().softmax(1).numpy(), []
+    for start in range(0, len(p), 5000):
+        part = p[start:start+5000]
+        scores.append(np.exp((part*(np.log(part) - np.log(part.mean(0, keepdims=True)))).sum(1).mean()))
+    assert len(scores) == 3 and inception_score(x, network) == pytest.approx(np.mean(scores), rel=1e-6)
+
+def test_inception_score_of_certain_and_of_equal_classes():
+    network = FeatureNetwork(nn.Flatten(), 'logits', 5, head=lambda x: x)
+    certain = 200.*torch.eye(5).repeat(20, 1)
+    assert inception_score(certain, network) == pytest.approx(5.) and inception_score(0*certain, network) == pytest.approx(1.)
+    with pytest.raises(ValueError, match='part_size must be at least 1 or None, got 0'):
+        inception_score(certain, network, part_size=0)
+
+def brute_precision_recall(samples, reference, k):
+    def inside(points, centres):
+        distances = ((centres[:, None] - centres[None])**2).sum(-1)
+        radii = np.sort(distances, 1)[:, k]
+        return np.mean([(((point - centres)**2).sum(1) <= radii).any() for point in points])
+    return inside(samples, reference), inside(reference, samples)
+
+@pytest.mark.parametrize('k', [1, 3, 5])
+@pytest.mark.parametrize('kind', ['normal', 'whole numbers'])
+def test_precision_and_recall_are_brute_force(k, kind):
+    "Whole numbers have many distances that are equal, and those far from 0 lose digits in float32."
+    a, b = torch.randn(150, 6, generator=generator(1)), 1.3*torch.randn(90, 6, generator=generator(2)) + .3
+    if kind == 'whole numbers': a, b = (2*a).round() + 3000, (2*b).round() + 3000
+    expected = brute_precision_recall(a.double().numpy(), b.double().numpy(), k)
+    assert .05 < min(expected) and max(expected) < 1
+    for chunk_size in (1, 7, 64, 1000):
+        assert precision_recall(a, b, k, chunk_size) == pytest.approx(expected, abs=1e-12)
+
+def test_precision_and_recall_are_torch_fidelitys():
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    a, b = torch.randn(300, 64, generator=generator(1)), 1.1*torch.randn(200, 64, generator=generator(2))
+    theirs = prc_features_to_metric(a.double(), b.double(), prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    found = precision_recall(a, b, chunk_size=64)
+    assert found == pytest.approx((theirs['precision'], theirs['recall'])) and 0 < min(found) < max(found) < 1
+
+def test_copies_are_at_no_distance():
+    x = torch.randn(50, 2048, generator=generator(3))*30 + 100.
+    assert precision_recall(x, x.flip(0), chunk_size=16) == (1., 1.)
+    precision, recall = precision_recall(x[:1].repeat(8, 1), x) # all radii are 0
+    assert (precision, recall) == (1., 1/50)
+
+def test_chunks_never_hold_all_distances(monkeypatch):
+    from tokpost import metrics
+    sizes, distances = [], metrics._squared_distances
+    monkeypatch.setattr(metrics, '_squared_distances', lambda a, b: sizes.append(len(a)*len(b)) or distances(a, b))
+    precision_recall(torch.randn(500, 4), torch.randn(300, 4), chunk_size=40)
+    assert max(sizes) == 1600 and sum(sizes) == 500*500 + 300*300 + 2*500*300
+
+@pytest.mark.parametrize('n, m, k', [(3, 50, 3), (50, 3, 3), (50, 50, 0)])
+def test_too_few_neighbours_are_refused(n, m, k):
+    with pytest.raises(ValueError, match=f'more than neighbours >= 1, got {n}, {m} and {k}'):
+        precision_recall(torch.randn(n, 4), torch.randn(m, 4), k)
+
 @pytest.mark.parametrize('bandwidths', [None, .7, [.5, 2.]])
 def test_maximum_mean_discrepancy_is_its_loops(bandwidths):
     a, b = features_of(7, 3), features_of(9, 3, 2)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, scipy.linalg, scipy.stats, torch, torch.nn as nn, torch.nn.functional as F
 from tokpost.data import to_images, to_pixels
 from tokpost.metrics import FeatureNetwork, FrechetStatistics
+from tokpost.paper import paper_table
 from tokpost.pfid import (PFID_ALPHAS, PFIDResult, _image_noise, _noisy_ranks, correlation,
                           correlation_gain, pfid, pfid_deltas)
 from tokpost.perturbation import neighbour_table, replace_tokens
@@ -255,12 +256,11 @@ def test_bad_columns_are_named(x, y, message):
 
 def test_benchmark_of_the_paper():
     "The data file is complete, and its correlations are those computed from another transcript of the tables."
-    import csv
-    rows = list(csv.DictReader((Path(__file__).parents[1]/'nbs'/'paper'/'robustok_benchmark.csv').open()))
+    rows = paper_table('robustok_benchmark').to_dict('records')
     assert len(rows) == 11*6 and sum(row['flag'] != '' for row in rows) == 6
-    value = {(row['tokenizer'], row['metric'], row['generator']): float(row['value']) for row in rows}
+    value = {(row['row'], row['metric'], row['generator']): row['value'] for row in rows}
     assert len(value) == 66
-    names = sorted({row['tokenizer'] for row in rows})
+    names = sorted({row['row'] for row in rows})
     column = lambda metric, generator='': [value[name, metric, generator] for name in names]
     for metric, generator, rfid, pfid_ in (('gfid', 'LlamaGen-B', .628, .680), ('gfid_cfg', 'LlamaGen-B', .662, .756),
                                           ('gfid', 'LlamaGen-L', .445, .556), ('gfid_cfg', 'LlamaGen-L', .636, .783)):

@@ -7,7 +7,7 @@ __all__ = ['draw_posterior', 'kl_divergence', 'Autoencoder', 'build_autoencoder'
            'read_weights', 'fit_weights', 'tiny_encoder', 'tiny_decoder', 'load_taef2', 'from_diffusers',
            'load_diffusers', 'build_mar_kl16', 'ldm_name', 'load_mar_kl16', 'load_autoencoder', 'trained_autoencoder']
 
-# %% ../nbs/02_autoencoder.ipynb #b65fc737
+# %% ../nbs/02_autoencoder.ipynb #15eda599
 import hashlib, math, os, re
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from .data import Images, image_batches
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
+from .losses import (Adversary, ImageLoss, Outputs, accumulate_gradients, named_adversary,
+                            train_discriminator)
 from .networks import cnn_decoder, cnn_encoder
 from .run import EMA, Loop, Processes, Run, cached, ema_decay, fold, warmup_cosine
 
-# %% ../nbs/02_autoencoder.ipynb #83b623a7
+# %% ../nbs/02_autoencoder.ipynb #063130db
 def draw_posterior(
     mean:Tensor,              # (B, C, h, w)
     log_variance:Tensor|None, # (B, C, h, w), or None: the posterior is a point
     generator:torch.Generator|None=None, # None: torch's global one
+    noise:Tensor|None=None,   # (B, C, h, w) standard normal; None draws it
 )->Tensor:                    # (B, C, h, w)
     "Draw latents from a Gaussian (Kingma and Welling 2014)."
     if log_variance is None: return mean
     device = mean.device if generator is None else generator.device
-    noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
+    noise = torch.randn(mean.shape, generator=generator, device=device).to(mean) if noise is None else noise
     return mean + noise*(log_variance/2).exp()
 
 def kl_divergence(
@@ -163,12 +165,13 @@ def normalize_latents(
     autoencoder.set_normalization(1/deviation, mean)
     return autoencoder
 
-# %% ../nbs/02_autoencoder.ipynb #4d06c74c
+# %% ../nbs/02_autoencoder.ipynb #e2fdafe4
 def train_autoencoder(
     autoencoder:Autoencoder, # trained in place; ends with its averaged weights, latents normalised
     images:Images,           # training split
     steps:int=1_500_000,     # optimizer steps
     batch_size:int=64,       # images per step, over all processes
+    micro_batch_size:int|None=None, # images per process and pass; None: all at once
     lr:float=4.5e-6,         # AdamW, betas (0.9, 0.95), no weight decay
     warmup:int=0,            # steps
     final_lr:float=1.,       # share of `lr` at the end
@@ -194,6 +197,8 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, betas=(.9, .95), weight_decay=0.)
     ema = EMA(autoencoder, ema_decay(steps, ema_horizon))
     parts = dict(autoencoder=autoencoder, optimizer=optimizer, ema=ema)
+    with torch.no_grad(): one, log_variance = autoencoder.moments(images[[0]].to(here.device))
+    point = log_variance is None
     for network in (autoencoder.encoder, autoencoder.decoder): here.compile(network)
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
@@ -206,21 +211,25 @@ def train_autoencoder(
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
     for step, (batch, _) in zip(loop, batches):
         batch, active = batch.to(here.device), adversary if step >= start else None
-        with here.autocast():
-            mean, log_variance = autoencoder.moments(batch)
-            kl = kl_divergence(mean, log_variance).mean()
-            reconstruction = autoencoder.decode(autoencoder.normalize(draw_posterior(mean, log_variance)))
+        noise = None if point else torch.randn(len(batch), *one.shape[1:], device=here.device)
+        def forward(rows):
+            with here.autocast():
+                mean, log_variance = autoencoder.moments(batch[rows])
+                kl = kl_divergence(mean, log_variance).mean()
+                z = draw_posterior(mean, log_variance, noise=None if point else noise[rows])
+                reconstruction = autoencoder.decode(autoencoder.normalize(z))
+            return Outputs(reconstruction, kl_weight*kl/batch[0].numel(), log=dict(kl=kl))
         optimizer.zero_grad()
-        log = backward(reconstruction, batch, image_loss, active, autoencoder.last_layer,
-                       kl_weight*kl/batch[0].numel())
+        log, fake = accumulate_gradients(forward, batch, image_loss, active, autoencoder.last_layer,
+                                         micro_batch_size=micro_batch_size)
         here.mean_gradients(autoencoder.parameters())
         if clip: nn.utils.clip_grad_norm_(autoencoder.parameters(), clip)
         optimizer.step()
         ema.update(autoencoder)
         if active:
-            log['discriminator'] = train_discriminator(active, batch, reconstruction,
-                                                       parts['discriminator_optimizer'])
-        loop.log(**log, kl=kl)
+            log['discriminator'] = train_discriminator(active, batch, fake, parts['discriminator_optimizer'],
+                                                       micro_batch_size)
+        loop.log(**log)
     autoencoder.load_state_dict(ema.module.state_dict())
     normalize_latents(autoencoder.eval(), images)
     return loop.rows

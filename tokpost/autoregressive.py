@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['random_orders', 'randomness', 'KVCache', 'Head', 'init_weights', 'Inputs', 'RAR', 'token_loss', 'train_generator',
-           'CachedDecoding', 'write_tokens', 'sample_tokens', 'trained_generator']
+           'CUDAGraph', 'CachedDecoding', 'write_tokens', 'sample_tokens', 'trained_generator']
 
-# %% ../nbs/04_autoregressive.ipynb #eda8341d
+# %% ../nbs/04_autoregressive.ipynb #76fd4fb3
 from functools import partial
 from typing import Callable
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import TokenStore, token_batches
 from .networks import Attention, Block, decay_groups, modulate
-from .run import Loop, Processes, Run, fold, warmup_cosine
+from .run import Loop, Means, Processes, Run, fold, micro_batches, warmup_cosine
 from .sampling import (check_sampling, check_tokens, draw_seed, draw_tokens, drop_classes, filter_logits,
-                              guidance_weights, in_eval_mode, preservation_mask)
+                              guidance_weights, in_eval_mode, pack_weights, preservation_mask)
 from .tokens import Tokens
 
 # %% ../nbs/04_autoregressive.ipynb #65b76346
@@ -44,28 +44,47 @@ def randomness(
     if step < start: return 1.
     return 0. if step >= stop else 1 - (step-start)/(stop-start)
 
-# %% ../nbs/04_autoregressive.ipynb #1a749660
+# %% ../nbs/04_autoregressive.ipynb #10c6d28a
 class KVCache:
-    "Keys and values of the positions seen so far, in memory set aside once."
+    "Keys and values of the positions seen so far, in memory of a fixed shape."
     def __init__(self,
         capacity:int, # positions it can hold
+        device:str|torch.device='cpu', # where it lives
     ):
-        self.capacity, self.length = capacity, 0
+        self.memory, self.places = None, torch.arange(capacity, device=device)
+        self.length = torch.zeros(1, dtype=torch.long, device=device) # positions it holds
 
-    def append(self,
-        k:Tensor, # (B, heads, n, head width)
-        v:Tensor, # (B, heads, n, head width)
-    )->tuple:     # keys and values of all positions so far, (B, heads, length, head width) each
-        "Keep `n` more positions."
-        if self.length == 0:
-            B, heads, _, width = v.shape
-            self.memory = v.new_empty(2, B, heads, self.capacity, width)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.memory[0, :, :, start:self.length] = k
-        self.memory[1, :, :, start:self.length] = v
-        return self.memory[:, :, :, :self.length].unbind()
+    def reserve(self,
+        capacity:int, # positions it shall be able to hold, if they are more than now
+    ):
+        "Make room."
+        more = capacity - len(self.places)
+        if more <= 0: return
+        self.places = torch.arange(capacity, device=self.places.device)
+        if self.memory is not None: self.memory = F.pad(self.memory, (0, 0, 0, more))
 
-# %% ../nbs/04_autoregressive.ipynb #e8b4dc33
+    def coming(self,
+        n:int,    # positions
+    )->Tensor:    # (n,) long
+        "The next positions."
+        return self.length + self.places[:n]
+
+    def attend(self,
+        q:Tensor, # (B, heads, n, head width) queries
+        k:Tensor, # (B, heads, n, head width) keys
+        v:Tensor, # (B, heads, n, head width) values
+    )->Tensor:    # (B, heads, n, head width)
+        "Keep `n` more positions; each attends to all up to itself."
+        B, heads, n, width = v.shape
+        if self.memory is None: self.memory = v.new_zeros(2, B, heads, len(self.places), width)
+        coming = self.coming(n)
+        self.memory.index_copy_(3, coming, torch.stack([k.to(v.dtype), v]))
+        self.length += n
+        keys, values = self.memory
+        scores = q*width**-.5 @ keys.mT                                   # (B, heads, n, capacity)
+        return scores.masked_fill(self.places > coming[:, None], -torch.inf).softmax(-1) @ values
+
+# %% ../nbs/04_autoregressive.ipynb #0762ceb6
 class Head(nn.Module):
     "From the last block to logits."
     def __init__(self,
@@ -85,7 +104,7 @@ class Head(nn.Module):
             x = modulate(x, shift, scale)
         return self.linear(x).float()
 
-# %% ../nbs/04_autoregressive.ipynb #47f2403a
+# %% ../nbs/04_autoregressive.ipynb #23079874
 def init_weights(
     module:nn.Module, # any part of the model
 ):
@@ -95,7 +114,7 @@ def init_weights(
     if isinstance(module, (Block, Head)) and isinstance(module.modulation, nn.Linear):
         nn.init.zeros_(module.modulation.weight)
 
-# %% ../nbs/04_autoregressive.ipynb #333c16de
+# %% ../nbs/04_autoregressive.ipynb #b436b87f
 class Inputs(nn.Module):
     "What the transformer reads: tokens, classes and places, and the condition of the modulation."
     def __init__(self,
@@ -136,7 +155,7 @@ class Inputs(nn.Module):
     def condition(self, labels, start, stop): # (B,) long and a range -> (B, stop-start, W)
         return None if self.step is None else F.silu(self.classes(labels) + self.step[start:stop])
 
-# %% ../nbs/04_autoregressive.ipynb #e9946c0a
+# %% ../nbs/04_autoregressive.ipynb #52d3a7f7
 class RAR(nn.Module):
     "Randomized autoregressive transformer (RAR, Yu et al. 2024)."
     def __init__(self,
@@ -211,7 +230,7 @@ class RAR(nn.Module):
         "Draw tokens in raster order."
         return sample_tokens(self, labels, indices, sigma, generator=generator, **sampling)
 
-# %% ../nbs/04_autoregressive.ipynb #6a40a792
+# %% ../nbs/04_autoregressive.ipynb #442bb74c
 def token_loss(
     model:nn.Module,  # called with indices, labels and orders, as `RAR`
     indices:Tensor,   # (B, N) long
@@ -223,12 +242,13 @@ def token_loss(
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.detach().argmax(-1) == targets).float().mean()
 
-# %% ../nbs/04_autoregressive.ipynb #1263b044
+# %% ../nbs/04_autoregressive.ipynb #5ef7123a
 def train_generator(
     model:RAR,             # trained in place
     store,                 # `TokenStore`, or (indices (rows, N), labels (rows,))
     steps:int=250_000,     # optimizer steps
     batch_size:int=2048,   # sequences per step, over all processes
+    micro_batch_size:int|None=None, # sequences per process and pass; None: all at once
     lr:float=4e-4,         # AdamW learning rate
     betas:tuple=(.9, .96), # of AdamW
     weight_decay:float=.03,# on weights of linear layers
@@ -259,53 +279,90 @@ def train_generator(
         indices, labels = indices.to(here.device), labels.to(here.device)
         shuffled = randomness(step/steps, randomness_start, randomness_stop)
         orders = random_orders(*indices.shape, shuffled, device=here.device)
-        labels = drop_classes(labels, model.class_dropout, model.num_classes)
-        with here.autocast(): loss, accuracy = token_loss(model, indices, labels, orders)
+        labels, log = drop_classes(labels, model.class_dropout, model.num_classes), Means()
         optimizer.zero_grad()
-        loss.backward()
+        for rows, share in micro_batches(len(labels), micro_batch_size):
+            with here.autocast(): loss, accuracy = token_loss(model, indices[rows], labels[rows], orders[rows])
+            (share*loss).backward()
+            log.add(share, loss=loss, accuracy=accuracy)
         here.mean_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        loop.log(loss=loss, accuracy=accuracy)
+        loop.log(**log)
     model.eval()
     return loop.rows
 
-# %% ../nbs/04_autoregressive.ipynb #ff9e7de8
+# %% ../nbs/04_autoregressive.ipynb #2c9a1a42
+class CUDAGraph:
+    "A function of one tensor that a GPU replays as a single launch; the same memory, read and written anew."
+    def __init__(self,
+        fn:Callable, # (tensor) -> tensor, of fixed shapes and without a look at values
+        x:Tensor,    # an input; recording does not compute
+    ):
+        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.y = fn(self.x)
+
+    def __call__(self, x):
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y.clone()
+
+# %% ../nbs/04_autoregressive.ipynb #62624043
 class CachedDecoding:
     "Next-token logits from one token at a time, in raster order."
     def __init__(self,
-        model:RAR,     # in eval mode
+        model:RAR,     # in eval mode; later changes of its weights are not followed
         labels:Tensor, # (B,) long in 0..num_classes
-        span:int=32,   # positions whose modulations are computed together
+        span:int=32,   # at least 2, positions prepared together
+        graphs:bool|None=None, # replay a CUDA graph; None: on a GPU
     ):
-        self.model, self.labels, self.span = model, labels, span
+        if span < 2: raise ValueError(f"span must be at least 2, got {span}")
+        self.model, self.labels, self.span = pack_weights(model), labels, span
+        self.graphs = labels.is_cuda if graphs is None else graphs
         self.classes, self.rows = labels.unique(return_inverse=True)
-        self.caches = [KVCache(model.num_tokens+1) for _ in model.blocks]
-        self.places, self.position, self.known = model.inputs.places(), 0, range(0)
+        self.places = self.model.inputs.places()[0]                       # (N+1, W)
+        self.caches = [KVCache(0, labels.device) for _ in self.model.blocks]
+        self.position = torch.zeros(1, dtype=torch.long, device=labels.device)
+        self.done = self.ready = self.calls = 0
+        self.modulations = None
 
-    def modulation(self, start, stop): # of every block and the head, (B, stop-start, 6W or 2W) each
-        if stop > self.known.stop:
-            self.known = range(start, start+self.span)
-            c = self.model.inputs.condition(self.classes, start, start+self.span)
-            self.spans = [m.modulation(c) for m in (*self.model.blocks, self.model.head)]
-        here = slice(start-self.known.start, stop-self.known.start)
-        return [None if m is None else m[self.rows, here] for m in self.spans]
+    def prepare(self):
+        "Modulations of the next `span` positions, and room for them in the caches."
+        start, self.ready = self.ready, self.ready + self.span
+        room = len(self.places) if self.graphs else min(self.ready, len(self.places))
+        for cache in self.caches: cache.reserve(room)
+        c = self.model.inputs.condition(self.classes, start, self.ready)  # (classes, up to span, W)
+        new = [part.modulation(c) for part in (*self.model.blocks, self.model.head)]
+        if self.modulations is None: self.modulations = new
+        elif c is not None:
+            for old, now in zip(self.modulations, new): old[:, :now.shape[1]] = now
 
+    def step(self, x): # (B, n, W) -> (B, K)
+        "Logits after `n` more positions, by the same operations whatever the position."
+        positions = self.position + torch.arange(x.shape[1], device=x.device)
+        own = lambda m: None if m is None else m[self.rows[:, None], positions % self.span]
+        x = x + self.places[positions]
+        for block, m, cache in zip(self.model.blocks, self.modulations, self.caches):
+            x = block(x, own(m), cache)
+        self.position += x.shape[1]
+        return self.model.head(x, own(self.modulations[-1]))[:, -1]
+
+    @torch.no_grad()
     def __call__(self,
         tokens:Tensor|None=None, # (B,) long, the last token; None at the start
     )->Tensor:                   # (B, K) float32
         "Logits of the token that comes next."
-        inputs, start = self.model.inputs, self.position
-        if tokens is None: x = inputs(self.labels.new_empty(len(self.labels), 0), self.labels)
+        inputs, labels = self.model.inputs, self.labels
+        if tokens is None: x = inputs(labels.new_empty(len(labels), 0), labels)
         else: x = inputs.embedding(tokens)[:, None]
-        self.position = stop = start + x.shape[1]
-        x, modulations = x + self.places[:, start:stop], self.modulation(start, stop)
-        for block, m, cache in zip(self.model.blocks, modulations, self.caches):
-            x = block(x, m, cache)
-        m = modulations[-1]
-        return self.model.head(x[:, -1:], None if m is None else m[:, -1:])[:, 0]
+        self.done, self.calls = self.done + x.shape[1], self.calls + 1
+        if self.done > len(self.places):
+            raise ValueError(f"tokens must be at most {self.model.num_tokens-1}, got one more")
+        if self.done > self.ready: self.prepare()
+        if self.graphs and self.calls == 3: self.step = CUDAGraph(self.step, x)
+        return self.step(x)
 
-# %% ../nbs/04_autoregressive.ipynb #0985168b
+# %% ../nbs/04_autoregressive.ipynb #f5ae1e65
 @torch.no_grad()
 def write_tokens(
     model:RAR,            # in eval mode
@@ -317,11 +374,11 @@ def write_tokens(
     "Choose one token after another, in raster order, from guided logits."
     guided = bool((weights != 1).any())
     classes = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
-    decode, tokens = CachedDecoding(model, classes), labels.new_empty(len(labels), model.num_tokens)
+    tokens = labels.new_empty(len(labels), model.num_tokens)
+    if cache: decode = CachedDecoding(model, classes)
     for t, weight in enumerate(weights.tolist()):
-        past = tokens[:, :t].repeat(1+guided, 1)                          # (B or 2B, t)
-        if cache: logits = decode(past[:, -1] if t else None)             # (B or 2B, K)
-        else: logits = model.next_logits(past, classes)[:, -1]
+        if cache: logits = decode(tokens[:, t-1].repeat(1+guided) if t else None)       # (B or 2B, K)
+        else: logits = model.next_logits(tokens[:, :t].repeat(1+guided, 1), classes)[:, -1]
         if guided:
             with_class, without = logits.chunk(2)
             logits = without + weight*(with_class-without)

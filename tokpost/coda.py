@@ -7,7 +7,7 @@ __all__ = ['LoRAConv2d', 'inner_convolutions', 'inject_lora', 'lora_convolutions
            'save_adapters', 'load_adapters', 'running_order', 'build_quantizer', 'quantizer_options', 'CODA',
            'train_quantizer', 'train_coda', 'save_coda', 'load_coda', 'trained_coda']
 
-# %% ../nbs/03_coda.ipynb #3b82fdd1
+# %% ../nbs/03_coda.ipynb #cebbab8e
 import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .attention import AttentionQuantizer
 from .data import Images, image_batches, token_batches
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
+from .losses import (Adversary, ImageLoss, Outputs, accumulate_gradients, named_adversary,
+                            train_discriminator)
 from .perturbation import PerturbationSchedule, draw_level_ranks, perturb_in_loop
 from .quantizer import VectorQuantizer
 from .residual import ResidualQuantizer
-from .run import (EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, load_state, save_state,
-                         warmup_cosine)
+from .run import (EMA, Loop, Means, Processes, Run, ema_decay, fold, generator as seeded, load_state,
+                         micro_batches, save_state, warmup_cosine)
 from .tokens import tokenize
 
 # %% ../nbs/03_coda.ipynb #e7c754cb
@@ -289,12 +290,13 @@ class CODA(nn.Module):
         found = list(self.decoder_adapters().parameters())
         return found[-1] if found else self.autoencoder.last_layer
 
-# %% ../nbs/03_coda.ipynb #e4c6eb0c
+# %% ../nbs/03_coda.ipynb #9a2217a9
 def train_quantizer(
     quantizer:ResidualQuantizer, # trained in place; ends with its averaged weights
     latents,                 # `LatentStore`, or `Tokens(latents, labels)` in memory
     steps:int=20_000,        # optimizer steps
     batch_size:int=256,      # latents per step, over all processes
+    micro_batch_size:int|None=None, # latents per process and pass; None: all at once
     lr:float=5e-3,           # AdamW, betas (0.5, 0.9), cosine to 0
     weight_decay:float=.005, # of AdamW
     clip:float=10.,          # largest gradient norm; 0: off
@@ -314,26 +316,30 @@ def train_quantizer(
     batches = token_batches(latents, batch_size, seed, loop.start, here.rank, here.world)
     for step, (z, _) in zip(loop, batches):
         z = z.to(here.device)
-        z_q, _, losses = quantizer(z)
-        error = F.mse_loss(z_q, z.flatten(2).transpose(1, 2))
-        loss = error + sum(losses.values())
         optimizer.zero_grad()
-        loss.backward()
+        log = Means()
+        for rows, share in micro_batches(len(z), micro_batch_size):
+            z_q, _, losses = quantizer(z[rows])
+            error = F.mse_loss(z_q, z[rows].flatten(2).transpose(1, 2))
+            loss = error + sum(losses.values())
+            (share*loss).backward()
+            log.add(share, loss=loss, error=error)
         here.mean_gradients(quantizer.parameters())
         if clip: nn.utils.clip_grad_norm_(quantizer.parameters(), clip)
         optimizer.step()
         parts['ema'].update(quantizer)
-        loop.log(loss, error=error)
+        loop.log(**log)
     quantizer.load_state_dict(parts['ema'].module.state_dict())
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #589aace3
+# %% ../nbs/03_coda.ipynb #e770c5eb
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
     steps:int=50_050,        # optimizer steps
     batch_size:int=256,      # images per step, over all processes
+    micro_batch_size:int|None=None, # images per process and pass; None: all at once
     lr:float=5e-4,           # AdamW, betas (0.5, 0.9), cosine to 0
     weight_decay:float=.005, # of AdamW
     image_loss:ImageLoss|None=None, # None: squared error and 0.2 of the absolute error
@@ -373,26 +379,26 @@ def train_coda(
                   perturbation=asdict(perturbation) if perturbation else None, **quantizer_options(coda.quantizer))
     loop = Loop(folder, steps, parts, seed, config, schedule=warmup_cosine(steps), name='adaptation')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
-    def perturbed(count, progress):
-        if not perturbation: return None
-        ranks = draw_level_ranks(count, coda.sides, **perturbation(progress), device=here.device)
-        return perturb_in_loop(ranks, coda.codebook, coda.sides)
     for step, (batch, _) in zip(loop, batches):
         batch = batch.to(here.device)
-        with here.autocast():
-            z_q, _, losses = coda.quantizer(coda.features(batch, posterior), perturbed(len(batch), step/steps))
-            reconstruction = coda.decode_codes(z_q)
+        if perturbation:
+            ranks = draw_level_ranks(len(batch), coda.sides, **perturbation(step/steps), device=here.device)
+        def forward(rows):
+            with here.autocast():
+                perturb = perturb_in_loop(ranks[rows], coda.codebook, coda.sides) if perturbation else None
+                z_q, _, losses = coda.quantizer(coda.features(batch[rows], posterior), perturb)
+                return Outputs(coda.decode_codes(z_q), quantizer_weight*sum(losses.values()))
         optimizer.zero_grad()
         last_layer.grad = None
-        log = backward(reconstruction, batch, image_loss, adversary, last_layer,
-                       quantizer_weight*sum(losses.values()), ramp=min(1., step/(ramp*steps)))
+        log, fake = accumulate_gradients(forward, batch, image_loss, adversary, last_layer, min(1., step/(ramp*steps)),
+                                         moving=coda.quantizer, micro_batch_size=micro_batch_size)
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()
         parts['ema'].update(trained)
         if adversary:
-            log['discriminator'] = train_discriminator(adversary, batch, reconstruction,
-                                                       parts['discriminator_optimizer'])
+            log['discriminator'] = train_discriminator(adversary, batch, fake, parts['discriminator_optimizer'],
+                                                       micro_batch_size)
         loop.log(**log)
     trained.load_state_dict(parts['ema'].module.state_dict())
     coda.eval().requires_grad_(False)

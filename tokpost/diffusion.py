@@ -7,7 +7,7 @@ __all__ = ['interpolate', 'time_features', 'place_features', 'Condition', 'Final
            'draw_times', 'check_latents', 'train_diffusion', 'time_grid', 'euler', 'heun', 'euler_maruyama',
            'guided_velocity', 'sample_latents', 'trained_diffusion']
 
-# %% ../nbs/04_diffusion.ipynb #941f8677
+# %% ../nbs/04_diffusion.ipynb #52f688dd
 import math
 from itertools import pairwise
 from typing import Callable
@@ -15,7 +15,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import LatentStore, token_batches
 from .networks import Block, decay_groups, modulate
-from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
+from .run import EMA, Loop, Means, Processes, Run, ema_decay, fold, micro_batches, warmup_cosine
 from .sampling import check_labels, draw_seed, drop_classes, in_eval_mode
 from .tokens import Tokens
 
@@ -181,12 +181,13 @@ def check_latents(
     if latents is not None and latents.shape != shape:
         raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
 
-# %% ../nbs/04_diffusion.ipynb #96a32634
+# %% ../nbs/04_diffusion.ipynb #be924f6b
 def train_diffusion(
     model:SiT,             # trained in place; ends with its averaged weights
     store,                 # `LatentStore`, or (latents (rows, C, H, W), labels (rows,))
     steps:int=400_000,     # optimizer steps; 7,000,000 for the paper's best
     batch_size:int=256,    # latents per step, over all processes
+    micro_batch_size:int|None=None, # latents per process and pass; None: all at once
     lr:float=1e-4,         # AdamW learning rate
     betas:tuple=(.9, .999),# of AdamW
     weight_decay:float=0., # on weights of linear layers
@@ -215,14 +216,17 @@ def train_diffusion(
         latents, labels = latents.to(here.device, torch.float32), labels.to(here.device)
         labels = drop_classes(labels, model.class_dropout, model.num_classes)
         t, noise = draw_times(len(labels), times, device=here.device), torch.randn_like(latents)
-        with here.autocast(): loss = flow_loss(model, latents, labels, t, noise)
         optimizer.zero_grad()
-        loss.backward()
+        log = Means()
+        for rows, share in micro_batches(len(labels), micro_batch_size):
+            with here.autocast(): loss = flow_loss(model, latents[rows], labels[rows], t[rows], noise[rows])
+            (share*loss).backward()
+            log.add(share, loss=loss)
         here.mean_gradients(model.parameters())
         if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         ema.update(model)
-        loop.log(loss=loss)
+        loop.log(**log)
     model.load_state_dict(ema.module.state_dict())
     model.eval()
     return loop.rows

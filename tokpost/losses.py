@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ImageLoss', 'PatchDiscriminator', 'frozen_vit', 'FrozenViT', 'DINODiscriminator', 'augment_for_discriminator',
-           'hinge_loss', 'Adversary', 'backward', 'train_discriminator', 'build_adversary', 'named_adversary',
-           'semantic_loss']
+           'hinge_loss', 'Adversary', 'Outputs', 'backward', 'accumulate_gradients', 'train_discriminator',
+           'build_adversary', 'named_adversary', 'semantic_loss']
 
-# %% ../nbs/01_losses.ipynb #591aaaa3
+# %% ../nbs/01_losses.ipynb #dd2b0104
 import math
+from dataclasses import dataclass, field
+from typing import Callable
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from .run import Processes
+from .run import Means, Processes, drawing, micro_batches
 
 # %% ../nbs/01_losses.ipynb #aeba381e
 class ImageLoss(nn.Module):
@@ -178,7 +180,7 @@ def augment_for_discriminator(
     hole = inside(top, H)[:, :, None] & inside(left, W)[:, None]         # (B, H, W)
     return (x*~hole[..., None]).permute(0, 3, 1, 2)
 
-# %% ../nbs/01_losses.ipynb #ad078d36
+# %% ../nbs/01_losses.ipynb #77be827f
 def hinge_loss(
     real:Tensor, # (B, patches) logits
     fake:Tensor, # (B, patches) logits
@@ -208,17 +210,69 @@ class Adversary(nn.Module):
     def discriminator_loss(self,
         images:Tensor,         # (B, 3, H, W) real
         reconstruction:Tensor, # (B, 3, H, W) of the decoder; no gradient flows back to it
+        move:bool=True,        # the running means first; False: they have moved already
     )->Tensor:                 # scalar
-        "Hinge loss and LeCAM regulariser; updates the running means."
+        "Hinge loss and LeCAM regulariser."
         real, fake = self.logits(images), self.logits(reconstruction.detach())
-        here = Processes()
-        means = here.sum(torch.stack([real.mean(), fake.mean()]).detach())/here.world
-        self.logit_means.lerp_(means, 1-self.lecam_decay)
+        if move: self.move_means(real.mean(), fake.mean())
         real_mean, fake_mean = self.logit_means
         lecam = F.relu(real-fake_mean).square().mean() + F.relu(real_mean-fake).square().mean()
         return hinge_loss(real, fake) + self.lecam_weight*lecam
 
-# %% ../nbs/01_losses.ipynb #f9d0b3d1
+    def move_means(self,
+        real:Tensor, # scalar, mean logit of this process's real images
+        fake:Tensor, # scalar, of its reconstructions
+    ):
+        "Move the running means towards those of the global batch."
+        here = Processes()
+        means = here.sum(torch.stack([real, fake]).detach())/here.world
+        self.logit_means.lerp_(means, 1-self.lecam_decay)
+
+# %% ../nbs/01_losses.ipynb #65ff9c54
+@dataclass
+class Outputs:
+    "What a forward pass leaves for the losses."
+    reconstruction:Tensor     # (B, 3, H, W) with its graph
+    other:Tensor|None=None    # scalar loss that does not come from the reconstruction, a mean over B
+    judged:Tensor|None=None   # (B, 3, H, W) images the adversary judges; None: the reconstruction
+    joint:tuple=()            # tensors (B, ...) for a loss that compares images with each other
+    log:dict=field(default_factory=dict) # further scalars for the log, means over B
+
+    def __post_init__(self):
+        if self.judged is None: self.judged = self.reconstruction
+
+def _look(out, images, image_loss, adversary, last_layer):
+    "What to log, what each loss asks of its images, and how that pulls at the last layer."
+    leaf = out.reconstruction.detach().float().requires_grad_()
+    loss, log = image_loss(leaf, images)
+    asked = [(out.reconstruction, *torch.autograd.grad(loss, leaf))]
+    if adversary is not None:
+        leaf = out.judged.detach().float().requires_grad_()
+        log['adversarial'] = -adversary.logits(leaf).mean()
+        asked.append((out.judged, *torch.autograd.grad(log['adversarial'], leaf)))
+    asked, pulls = [(pictures, gradient.to(pictures.dtype)) for pictures, gradient in asked], []
+    if adversary is not None and adversary.adaptive:
+        pulls = [torch.autograd.grad(pictures, last_layer, gradient, retain_graph=True)[0].float()
+                 for pictures, gradient in asked]
+    loss = loss.detach() + (0. if out.other is None else out.other.detach())
+    return dict(log, loss=loss), [gradient for _, gradient in asked], pulls
+
+def _adversary_weight(adversary, pulls, ramp):
+    "The adaptive weight for the log, the ratio of the pulls over all processes; and the whole weight."
+    if adversary is None: return {}, 0.
+    here = Processes()
+    lengths = [here.sum(pull).norm()/here.world for pull in pulls]
+    adaptive = (lengths[0]/(lengths[1]+1e-4)).clamp(0, 1e4) if pulls else 1.
+    return dict(adaptive_weight=adaptive), ramp*adversary.weight*adaptive
+
+def _send(out, gradients, weight, share, joint=()):
+    "Gradients on a pass's outputs, sent to everything before them."
+    pictures = zip((out.reconstruction, out.judged), (gradients[0], *(weight*g for g in gradients[1:])))
+    sent, rest = [(output, share*gradient) for output, gradient in pictures], list(zip(out.joint, joint))
+    if out.other is not None: rest.append((out.other, share*torch.ones_like(out.other)))
+    torch.autograd.backward(*zip(*sent, *((output, gradient) for output, gradient in rest if output.requires_grad)))
+
+# %% ../nbs/01_losses.ipynb #74b2b7df
 def backward(
     reconstruction:Tensor, # (B, 3, H, W) with its graph
     images:Tensor,         # (B, 3, H, W) in [-1, 1], what it should be
@@ -228,57 +282,93 @@ def backward(
     other:Tensor|None=None, # scalar loss that does not come from the reconstruction
     judged:Tensor|None=None,# (B, 3, H, W) images the adversary judges; None: the reconstruction
     ramp:float=1.,          # in [0, 1], share of the adversary's weight
+    share:float=1.,         # in (0, 1], of these images in their batch; weighs every gradient
 )->dict:                    # scalars for the log, `loss` their sum without the adversary
     "Gradients of all losses on everything before the reconstruction, in one pass."
-    leaf = reconstruction.detach().float().requires_grad_()
-    loss, log = image_loss(leaf, images)
-    image_gradient, = torch.autograd.grad(loss, leaf)
-    outputs, gradients = [reconstruction], [image_gradient.to(reconstruction.dtype)]
-    if adversary is not None:
-        judged = reconstruction if judged is None else judged
-        leaf = judged.detach().float().requires_grad_()
-        log['adversarial'] = -adversary.logits(leaf).mean()
-        gradient, = torch.autograd.grad(log['adversarial'], leaf)
-        gradient = gradient.to(judged.dtype)
-        log['adaptive_weight'] = weight = _adaptive_weight(
-            (reconstruction, gradients[0]), (judged, gradient), last_layer) if adversary.adaptive else 1.
-        outputs.append(judged)
-        gradients.append(ramp*adversary.weight*weight*gradient)
-    if other is not None and other.requires_grad:
-        outputs.append(other)
-        gradients.append(torch.ones_like(other))
-    torch.autograd.backward(outputs, gradients)
-    return dict(log, loss=loss.detach() + (0. if other is None else other.detach()))
+    out = Outputs(reconstruction, other, judged)
+    log, gradients, pulls = _look(out, images, image_loss, adversary, last_layer)
+    measured, weight = _adversary_weight(adversary, pulls, ramp)
+    _send(out, gradients, weight, share)
+    return log | measured
 
-def _adaptive_weight(image, adversarial, last_layer):
-    "Ratio of the two pulls on the last layer, over all processes."
-    here, lengths = Processes(), []
-    for output, gradient in (image, adversarial):
-        pull, = torch.autograd.grad(output, last_layer, gradient, retain_graph=True)
-        lengths.append(here.sum(pull.float()).norm()/here.world)
-    return (lengths[0]/(lengths[1]+1e-4)).clamp(0, 1e4)
+# %% ../nbs/01_losses.ipynb #f27cb823
+def accumulate_gradients(
+    forward:Callable,      # slice of the batch -> its `Outputs`
+    images:Tensor,         # (B, 3, H, W) in [-1, 1], the batch of this process
+    image_loss:ImageLoss,  # compares reconstructions with them
+    adversary:Adversary|None=None, # None: off
+    last_layer:Tensor|None=None,   # weight of the decoder's last layer, for the adaptive weight
+    ramp:float=1.,         # in [0, 1], share of the adversary's weight
+    joint_loss:Callable|None=None, # `joint` of all rows -> scalar; None: images are not compared
+    moving:nn.Module|None=None,    # what the forward pass itself changes, such as running means of codes
+    micro_batch_size:int|None=None, # most images of a pass; None: all
+)->tuple:                  # scalars for the log; what the adversary judges, (B, 3, H, W) without graph
+    "Gradients of all losses over a batch that is run in parts; those of one pass."
+    parts, log, judged = micro_batches(len(images), micro_batch_size), Means(), []
+    tied = joint_loss is not None or adversary is not None and adversary.adaptive
+    losses = dict(image_loss=image_loss, adversary=adversary, last_layer=last_layer)
+    if len(parts) > 1 and tied: return _two_runs(forward, images, parts, ramp, joint_loss, moving, losses)
+    for rows, share in parts:
+        out = forward(rows)
+        if joint_loss is not None: out.other = out.other + joint_loss(*out.joint)
+        log.add(share, **out.log, **backward(out.reconstruction, images[rows], other=out.other, judged=out.judged,
+                                             ramp=ramp, share=share, **losses))
+        judged.append(out.judged.detach())
+    return log, torch.cat(judged)
 
-# %% ../nbs/01_losses.ipynb #895d2c82
+def _two_runs(forward, images, parts, ramp, joint_loss, moving, losses):
+    log, seeds = Means(), torch.randint(2**62, (len(parts),)).tolist()
+    state = {} if moving is None else {name: value.clone() for name, value in moving.state_dict().items()}
+    def first(rows, share, seed):
+        with drawing(seed, images.device): out = forward(rows)
+        row, gradients, pulls = _look(out, images[rows], **losses)
+        log.add(share, **out.log, **row)
+        return gradients, [share*pull for pull in pulls], [x.detach() for x in out.joint], out.judged.detach()
+    gradients, pulls, joint, judged = zip(*(first(*part, seed) for part, seed in zip(parts, seeds)))
+    measured, weight = _adversary_weight(losses['adversary'], [sum(pull) for pull in zip(*pulls)], ramp)
+    joint = [torch.cat(x).requires_grad_() for x in zip(*joint)]
+    if joint_loss is not None:
+        loss = joint_loss(*joint)
+        log.add(1., loss=loss)
+        joint = torch.autograd.grad(loss, joint)
+    if moving is not None: moving.load_state_dict(state)
+    for (rows, share), seed, asked in zip(parts, seeds, gradients):
+        with drawing(seed, images.device): out = forward(rows)
+        _send(out, asked, weight, share, [gradient[rows] for gradient in joint])
+    log.update(measured)
+    return log, torch.cat(judged)
+
+# %% ../nbs/01_losses.ipynb #335df136
 def train_discriminator(
     adversary:Adversary,   # its discriminator is trained
     images:Tensor,         # (B, 3, H, W) real
     reconstruction:Tensor, # (B, 3, H, W) of the decoder
     optimizer:torch.optim.Optimizer, # of the discriminator
+    micro_batch_size:int|None=None, # most images of a pass; None: all
 )->Tensor:                 # scalar loss
     "One step of the discriminator."
-    loss = adversary.discriminator_loss(images, reconstruction)
+    parts, log = micro_batches(len(images), micro_batch_size), Means()
     optimizer.zero_grad()
-    loss.backward()
+    if len(parts) > 1:
+        with torch.no_grad():
+            for rows, share in parts: log.add(share, real=adversary.logits(images[rows]).mean(),
+                                              fake=adversary.logits(reconstruction[rows]).mean())
+        adversary.move_means(log['real'], log['fake'])
+    for rows, share in parts:
+        loss = adversary.discriminator_loss(images[rows], reconstruction[rows], move=len(parts) == 1)
+        (share*loss).backward()
+        log.add(share, loss=loss)
     Processes().mean_gradients(adversary.parameters())
     optimizer.step()
-    return loss.detach()
+    return log['loss']
 
-# %% ../nbs/01_losses.ipynb #df655e21
+# %% ../nbs/01_losses.ipynb #16500387
 def build_adversary(
     kind:str|None='patch', # 'patch' | 'dino' | None: off
     image_size:int=256,    # pixels
     width:int=64,          # of the patch discriminator
     seed:int=0,            # decides the initial weights
+    pretrained:bool=True,  # DINO's weights, downloaded; False: random ones, for tests
     **options,             # of `Adversary`
 )->Adversary|None:         # untrained
     "The adversary that a preset names."
@@ -288,7 +378,7 @@ def build_adversary(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = 2 if image_size < 64 else 3
-        discriminator = PatchDiscriminator(width, layers) if kind == 'patch' else DINODiscriminator()
+        discriminator = PatchDiscriminator(width, layers) if kind == 'patch' else DINODiscriminator(pretrained=pretrained)
     return Adversary(discriminator, **options)
 
 def named_adversary(
@@ -301,7 +391,7 @@ def named_adversary(
     options = {key: value for key, value in losses.items() if key not in ('adversary', 'semantic', 'perceptual')}
     return build_adversary(losses.get('adversary'), image_size, seed=seed, **defaults | options)
 
-# %% ../nbs/01_losses.ipynb #430510bb
+# %% ../nbs/01_losses.ipynb #a9bc32ee
 def semantic_loss(
     tokens:Tensor,      # (B, D) mean quantized token of each image
     semantics:Tensor,   # (B, D) class feature of each image, projected to D

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'masked_share', 'random_mask', 'Codes', 'SkipTransformer
            'masked_loss', 'train_masked', 'unmask_counts', 'guided_logits', 'fill_tokens', 'sample_tokens',
            'trained_masked']
 
-# %% ../nbs/04_masked.ipynb #587c9360
+# %% ../nbs/04_masked.ipynb #1d554338
 import hashlib, math
 from functools import partial
 import torch, torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .data import TokenStore, token_batches
 from .networks import Block, decay_groups
 from .residual import level_ids
-from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
+from .run import EMA, Loop, Means, Processes, Run, ema_decay, fold, micro_batches, warmup_cosine
 from .sampling import (check_sampling, check_tokens, draw_seed, draw_tokens, drop_classes,
                               filter_logits, guidance_weights, in_eval_mode, preservation_mask)
 from .tokens import Tokens
@@ -227,12 +227,13 @@ def masked_loss(
     sums = [part(*chunks) for chunks in zip(x.split(rows), targets.split(rows))]
     return tuple(sum(values)/len(x) for values in zip(*sums))
 
-# %% ../nbs/04_masked.ipynb #ba68d365
+# %% ../nbs/04_masked.ipynb #ad76811c
 def train_masked(
     model:MaskedTransformer, # trained in place
     store,                  # `TokenStore`, or (indices (rows, N), labels (rows,))
     steps:int=500_000,      # optimizer steps
     batch_size:int=2048,    # images per step, over all processes
+    micro_batch_size:int|None=None, # images per process and pass; None: all at once
     lr:float=4e-4,          # AdamW learning rate
     betas:tuple=(.99, .99), # of AdamW
     weight_decay:float=.03, # on weights of linear layers
@@ -265,15 +266,19 @@ def train_masked(
         check_tokens(model, indices, labels)
         indices, labels = indices.to(here.device), labels.to(here.device)
         mask = random_mask(*indices.shape, mask_ratio, device=here.device)
-        labels = drop_classes(labels, model.class_dropout, model.num_classes)
-        with here.autocast(): loss, accuracy = masked_loss(model, indices, labels, mask, label_smoothing)
+        labels, log = drop_classes(labels, model.class_dropout, model.num_classes), Means()
         optimizer.zero_grad()
-        loss.backward()
+        for rows, _ in micro_batches(len(labels), micro_batch_size):
+            with here.autocast():
+                loss, accuracy = masked_loss(model, indices[rows], labels[rows], mask[rows], label_smoothing)
+            share = mask[rows].sum()/mask.sum() # the loss is a mean over masked tokens
+            (share*loss).backward()
+            log.add(share, loss=loss, accuracy=accuracy)
         here.mean_gradients(model.parameters())
         if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         ema.update(model)
-        loop.log(loss=loss, accuracy=accuracy)
+        loop.log(**log)
     model.load_state_dict(ema.module.state_dict())
     model.eval()
     return loop.rows

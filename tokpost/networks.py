@@ -80,7 +80,7 @@ def cnn_decoder(
         if level: layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, 1, 1)]
     return nn.Sequential(*layers, _norm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, 1, 1))
 
-# %% ../nbs/01_networks.ipynb #184311ea
+# %% ../nbs/01_networks.ipynb #d2fc8822
 class Attention(nn.Module):
     "Self-attention, queries and keys normalised; causal: to earlier positions only."
     def __init__(self,
@@ -103,8 +103,8 @@ class Attention(nn.Module):
         B, n, W = x.shape
         q, k, v = self.qkv(x).view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if cache is not None: k, v = cache.append(k, v)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and n > 1,
+        if cache is not None: x = cache.attend(q, k, v)
+        else: x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal,
             dropout_p=self.attention_dropout if self.training else 0.)
         return self.dropout(self.projection(x.transpose(1, 2).reshape(B, n, W)))
 

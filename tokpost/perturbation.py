@@ -149,7 +149,7 @@ def _new_codes(features, rank, codes, delta, neighbours, chosen, table):
     if chosen is None: chosen = nearest_codes(features, codes).squeeze(1)
     return replace_tokens(chosen[:, None], rank[:, None], codes, table, delta=delta).squeeze(1)
 
-# %% ../nbs/02_perturbation.ipynb #f94eb38b
+# %% ../nbs/02_perturbation.ipynb #4d97b709
 def perturb_quantized(
     z:Tensor,              # (B, D, H, W) or (B, N, D) features before quantizing
     z_q:Tensor,            # same shape, quantized with straight-through gradient
@@ -164,12 +164,14 @@ def perturb_quantized(
     indices:Tensor|None=None, # (B, N) long, chosen codes in row-major order; None searches them
     table:Tensor|None=None,# (K, >= delta) of `neighbour_table`; None searches, as a moving codebook needs
     generator:torch.Generator|None=None, # None: torch's global one
+    ranks:Tensor|None=None,# (B, N) long, of `draw_ranks` with these numbers; None draws them
 )->Tensor:                 # shape and type of z_q
     "Replace tokens of quantized features by near ones, gradient straight through (RobusTok)."
     _check_choice('neighbours', neighbours, ('code', 'feature'))
     shape = _check_quantized(z, z_q, codebook, indices)
     _check(delta, len(codebook) if table is None else table.shape[1])
-    ranks = draw_ranks(shape, alpha, beta, delta, counts, images, generator, z.device)
+    if ranks is None: ranks = draw_ranks(shape, alpha, beta, delta, counts, images, generator, z.device)
+    if ranks.shape != shape: raise ValueError(f"ranks must be {shape} to match z, got {tuple(ranks.shape)}")
     codes = codebook.detach()
     if normalize: z, codes = F.normalize(z, dim=1 if z.dim() == 4 else 2), F.normalize(codes, dim=1)
     b, n = ranks.nonzero(as_tuple=True)                               # (M,) each, image and token

@@ -6,7 +6,7 @@
 __all__ = ['PFID_ALPHAS', 'PFID_DELTAS', 'LATENT_PFID_TIMES', 'COEFFICIENTS', 'pfid_deltas', 'PFIDResult', 'pfid',
            'ResidualPFIDResult', 'residual_pfid', 'LatentPFIDResult', 'latent_pfid', 'correlation', 'correlation_gain']
 
-# %% ../nbs/06_pfid.ipynb #15f96eab
+# %% ../nbs/06_pfid.ipynb #e723d47e
 import hashlib, inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import Tensor
 from tqdm import tqdm
 from .data import to_images, to_pixels
-from .evaluate import merge_over_processes
+from .evaluate import gather_statistics
 from .metrics import FeatureNetwork, FrechetStatistics, frechet_distance
 from .perturbation import neighbour_table, noise_scale
 from .residual import level_ids, split_levels
@@ -83,18 +83,17 @@ def _decoded_bytes(images):
         raise ValueError("tokenizer.decode must return finite images, got NaN or infinity")
     return to_images(to_pixels(images))
 
-# %% ../nbs/06_pfid.ipynb #4c0b3612
-def _distances(batches, encode, ways, network, reference, device, progress, desc):
+# %% ../nbs/06_pfid.ipynb #076adfe8
+def _distances(batches, encode, ways, network, reference, device, progress, desc, folder):
     "Fréchet distance of every way of decoding to the images: a dict, and the number of images."
     place = network.device if network.device.type == 'cuda' else 'cpu' # needs float64
-    seen = {way: FrechetStatistics(network.dim, place) for way in [*['real']*(reference is None), *ways]}
-    hidden = not (progress and Processes().is_main)
-    for batch in tqdm(batches, desc=desc, leave=False, disable=hidden, mininterval=.5):
+    names, hidden = [*['real']*(reference is None), *dict.fromkeys(ways)], not (progress and Processes().is_main)
+    def features(batch):
         images = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
         decode = encode(images)
-        for way, statistics in seen.items():
-            statistics.update(network(images if way == 'real' else _decoded_bytes(decode(way))))
-    seen = {way: merge_over_processes(statistics) for way, statistics in seen.items()}
+        return {way: network(images if way == 'real' else _decoded_bytes(decode(way))) for way in names}
+    batches = tqdm(batches, desc=desc, leave=False, disable=hidden, mininterval=.5)
+    seen = gather_statistics(batches, features, names, network.dim, place, folder)
     real, n = seen.pop('real', reference), seen[ways[-1]].count
     if n < 2: raise ValueError(f"batches must hold at least 2 images in all, got {n}")
     if real.count != n: raise ValueError(f"reference must be of the same {n} images, got {real.count}")
@@ -131,7 +130,7 @@ class PFIDResult(_Cells):
     seed:int           # of the draws
     _about = ('codebook_size', 'n', 'network', 'seed')
 
-# %% ../nbs/06_pfid.ipynb #0fb1f4f7
+# %% ../nbs/06_pfid.ipynb #f311cf0d
 @torch.no_grad()
 def pfid(
     tokenizer,              # has `encode`, `decode` and `codebook`
@@ -144,6 +143,7 @@ def pfid(
     reference:FrechetStatistics|None=None, # of the same images, if known; None gathers them
     seed:int=0,             # of the perturbation
     progress:bool=True,     # show a progress bar
+    folder=None,            # keeps what was gathered, to go on after a kill; see `gather_statistics`
 )->PFIDResult:
     "Mean Fréchet distance of reconstructions from perturbed tokens (RobusTok, pFID)."
     codebook = _codebook(tokenizer)
@@ -157,7 +157,7 @@ def pfid(
             return tokenizer.decode(table[indices, _noisy_ranks(noise, *cell)])
         return decode
     ways = [*['clean']*rfid, *cells]
-    fd, n = _distances(batches, encode, ways, network, reference, codebook.device, progress, 'pFID')
+    fd, n = _distances(batches, encode, ways, network, reference, codebook.device, progress, 'pFID', folder)
     rows = [dict(alpha=alpha, delta=delta, fd=fd[alpha, delta]) for alpha, delta in cells]
     return PFIDResult(_mean(rows), fd.get('clean'), rows, network.name, n, K, seed)
 
@@ -189,7 +189,7 @@ def _check_sides(tokenizer, truncation):
                          "pass truncation=False")
     return sides, level_ids(sides)
 
-# %% ../nbs/06_pfid.ipynb #225f2027
+# %% ../nbs/06_pfid.ipynb #197a53e6
 @torch.no_grad()
 def residual_pfid(
     tokenizer,              # has `encode`, `decode(indices, levels=None)`, `codebook` and `sides`
@@ -204,6 +204,7 @@ def residual_pfid(
     reference:FrechetStatistics|None=None, # of the same images, if known; None gathers them
     seed:int=0,             # of the perturbation
     progress:bool=True,     # show a progress bar
+    folder=None,            # keeps what was gathered, to go on after a kill; see `gather_statistics`
 )->ResidualPFIDResult:
     "Mean Fréchet distance of reconstructions from perturbed residual codes, in all and per level."
     codebook = _codebook(tokenizer, 'sides')
@@ -224,7 +225,7 @@ def residual_pfid(
             return tokenizer.decode(table[indices, ranks if level == 'all' else ranks*(ids == level)])
         return decode
     ways, device = [*[clean]*rfid, *cells], codebook.device
-    fd, n = _distances(batches, encode, ways, network, reference, device, progress, 'residual pFID')
+    fd, n = _distances(batches, encode, ways, network, reference, device, progress, 'residual pFID', folder)
     rows = [dict(zip(('level', 'kept', 'alpha', 'delta'), way), fd=fd[way]) for way in cells]
     mean = _mean(rows[:len(grid)])
     return ResidualPFIDResult(mean, fd.get(clean), rows, network.name, n, K, sides, seed)
@@ -258,7 +259,7 @@ def _latent_settings(times, latent_std):
     if not 0 < latent_std < float('inf'): raise ValueError(f"latent_std must be above 0, got {latent_std}")
     return list(times)
 
-# %% ../nbs/06_pfid.ipynb #937b42c9
+# %% ../nbs/06_pfid.ipynb #9b70ee4c
 @torch.no_grad()
 def latent_pfid(
     tokenizer,              # continuous autoencoder: `encode` gives normalised latents, `decode` takes them
@@ -270,6 +271,7 @@ def latent_pfid(
     reference:FrechetStatistics|None=None, # of the same images, if known; None gathers them
     seed:int=0,             # of the noise
     progress:bool=True,     # show a progress bar
+    folder=None,            # keeps what was gathered, to go on after a kill; see `gather_statistics`
 )->LatentPFIDResult:
     "Mean Fréchet distance of reconstructions from latents with the noise of a diffusion path."
     if hasattr(tokenizer, 'codebook'):
@@ -284,7 +286,7 @@ def latent_pfid(
         noise = latent_std*torch.stack(noise).to(z)
         return lambda t: tokenizer.decode(z if t == 'clean' else z + noise_scale(t)*noise)
     ways, device = [*['clean']*rfid, *times], weights[0].device if weights else network.device
-    fd, n = _distances(batches, encode, ways, network, reference, device, progress, 'latent pFID')
+    fd, n = _distances(batches, encode, ways, network, reference, device, progress, 'latent pFID', folder)
     rows = [dict(t=t, tau=noise_scale(t), fd=fd[t]) for t in times]
     return LatentPFIDResult(_mean(rows), fd.get('clean'), rows, network.name, n, latent_std, seed)
 

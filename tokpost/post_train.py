@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'System', 'trained_system', 'make_pairs', 'stored_pairs', 'post_train']
 
-# %% ../nbs/05_post_train.ipynb #0df89b2d
+# %% ../nbs/05_post_train.ipynb #25917b71
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from .data import (Images, LatentStore, TokenStore, draw_rows, make_latent_store
                           to_pixels)
 from .diffusion import trained_diffusion
 from .evaluate import Evaluation
-from .losses import Adversary, ImageLoss, backward, named_adversary, train_discriminator
+from .losses import (Adversary, ImageLoss, Outputs, accumulate_gradients, named_adversary,
+                            train_discriminator)
 from .masked import trained_masked
-from .run import EMA, Loop, Processes, Run, ema_decay, fold, generator as seeded, warmup_cosine
+from .run import EMA, Loop, Processes, Run, claim, ema_decay, fold, generator as seeded, warmup_cosine
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
@@ -100,7 +101,7 @@ def make_pairs(
         return make_latent_store(folder, make, images.labels[rows], one.shape, **shared)
     return make_token_store(folder, make, images.labels[rows], len(one), len(tokenizer.codebook), **shared)
 
-# %% ../nbs/05_post_train.ipynb #1e09046d
+# %% ../nbs/05_post_train.ipynb #6eff688c
 def stored_pairs(
     run:Run,          # its preset says how many
     system:System,    # frozen
@@ -113,10 +114,11 @@ def stored_pairs(
     options, seed = run.size['pairs'], run.seed if seed is None else seed
     about = dict(sigma=float(sigma), form=form, seed=seed, sampling=system.sampling)
     folder = run.folder('pairs', **about, **system.made_by, **options)
-    return make_pairs(folder/'tokens', system.tokenizer, system.generator, images, made_by=system.made_by,
-                      precision=run.here.precision, **about, **options)
+    with claim(folder/'.lock', run.here):
+        return make_pairs(folder/'tokens', system.tokenizer, system.generator, images, made_by=system.made_by,
+                          precision=run.here.precision, **about, **options)
 
-# %% ../nbs/05_post_train.ipynb #87303cf1
+# %% ../nbs/05_post_train.ipynb #c9d926b4
 def post_train(
     tokenizer,               # its decoder is trained in place; has `decode`
     pairs:TokenStore|LatentStore, # of `make_pairs`
@@ -124,6 +126,7 @@ def post_train(
     decoder:nn.Module|None=None, # what is trained, such as adapters alone; None: `tokenizer.decoder`
     steps:int=7800,          # optimizer steps
     batch_size:int=1024,     # pairs per step, over all processes
+    micro_batch_size:int|None=None, # pairs per process and pass; None: all at once
     lr:float=1.2e-4,         # AdamW, betas (0.9, 0.95); half of main training's
     warmup:int=195,          # steps
     final_lr:float=.2,       # share of `lr` at the end
@@ -165,20 +168,20 @@ def post_train(
     drawn = lambda store, seed: draw_rows(len(store), batch_size, seed, loop.start, here.rank, here.world)
     others = drawn(judged or pairs, fold(seed, 'judged') % 2**32)
     for step, (_, _, rows), (_, _, other) in zip(loop, drawn(pairs, seed), others):
-        real = images[pairs.sources[rows]].to(here.device)
-        with here.autocast():
-            reconstruction = tokenizer.decode(pairs[rows].to(here.device))
-            picture = tokenizer.decode(judged[other].to(here.device)) if judged else None
+        real, written = images[pairs.sources[rows]].to(here.device), pairs[rows].to(here.device)
+        free = judged[other].to(here.device) if judged else None
+        def forward(rows):
+            with here.autocast():
+                return Outputs(tokenizer.decode(written[rows]), judged=tokenizer.decode(free[rows]) if judged else None)
         optimizer.zero_grad()
-        log = backward(reconstruction, real, image_loss, adversary, last_layer, judged=picture)
+        log, fake = accumulate_gradients(forward, real, image_loss, adversary, last_layer, micro_batch_size=micro_batch_size)
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()
         parts['ema'].update(decoder)
         if adversary:
-            fake = reconstruction if picture is None else picture
-            log['discriminator'] = train_discriminator(adversary, real, fake,
-                                                       parts['discriminator_optimizer'])
+            log['discriminator'] = train_discriminator(adversary, real, fake, parts['discriminator_optimizer'],
+                                                       micro_batch_size)
         loop.log(**log)
     decoder.load_state_dict(parts['ema'].module.state_dict())
     decoder.eval().requires_grad_(False)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RAR_NAMES', 'ROBUSTOK_NAMES', 'CODA_NAMES', 'FLUX_NAMES', 'MAR_NAMES', 'LLAMAGEN_VQ_NAMES', 'MASKGIT_NAMES',
-           'LLAMAGEN_NAMES', 'RELEASED', 'renamed', 'colours_first', 'read_checkpoint', 'fill', 'build_flux_vae',
-           'build_coda', 'build_llamagen_vq', 'MaskGITBlock', 'Affine', 'build_maskgit_vq', 'grid_rotations', 'rotate',
-           'LlamaBlock', 'LlamaInputs', 'LlamaHead', 'LlamaGen', 'Released', 'register', 'released', 'seeded_weights',
-           'checked', 'download', 'load_released']
+           'LLAMAGEN_NAMES', 'RELEASED', 'SAMPLING', 'RELEASED_PAIRS', 'renamed', 'colours_first', 'read_checkpoint',
+           'fill', 'build_flux_vae', 'build_coda', 'build_llamagen_vq', 'MaskGITBlock', 'Affine', 'build_maskgit_vq',
+           'grid_rotations', 'rotate', 'LlamaBlock', 'LlamaInputs', 'LlamaHead', 'LlamaGen', 'Released', 'register',
+           'released', 'seeded_weights', 'checked', 'download', 'load_released', 'token_format', 'pair_names',
+           'released_system']
 
-# %% ../nbs/07_released.ipynb #5d75edf9
+# %% ../nbs/07_released.ipynb #3db1122b
 import argparse, hashlib, math, os, re, zipfile, zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from .autoencoder import build_mar_kl16, from_diffusers, ldm_name
 from .autoregressive import RAR
 from .coda import CODA, build_quantizer, inject_lora
+from .metrics import weights_fingerprint
 from .networks import ResidualBlock
+from .post_train import System
 from .quantizer import VectorQuantizer
 from .tokenizer import Tokenizer, build_tokenizer
 
@@ -261,7 +264,7 @@ def rotate(
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs*rotations).flatten(-2).to(x)
 
-# %% ../nbs/07_released.ipynb #887358e4
+# %% ../nbs/07_released.ipynb #ca59d581
 class LlamaBlock(nn.Module):
     "A pre-norm transformer block with RMS norms, rotary places and a gated MLP (Llama, Touvron et al. 2023)."
     def __init__(self,
@@ -280,11 +283,12 @@ class LlamaBlock(nn.Module):
         self.register_buffer('rotations', rotations, persistent=False)
 
     def attend(self, x, cache):
-        start, n = (cache.length if cache is not None else 0), x.shape[1]
+        n = x.shape[1]
+        places = slice(n) if cache is None else cache.coming(n)
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(part, self.rotations[start:start+n]) for part in (q, k))
-        if cache is not None: k, v = cache.append(k, v)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+        q, k = (rotate(part, self.rotations[places]) for part in (q, k))
+        if cache is None: x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else: x = cache.attend(q, k, v)
         return self.projection(x.transpose(1, 2).flatten(2))
 
     def forward(self, x, modulation=None, cache=None):
@@ -526,3 +530,57 @@ def load_released(
         state.update({prefix+key: value for key, value in read_checkpoint(file).items()})
     source = ', '.join(row.files.values()) if path is None else path
     return fill(row.build(**changes), state, row.rules, row.ignore, row.arrange_fn, source)
+
+# %% ../nbs/07_released.ipynb #42f72f20
+def _ramp(temperature, scale, power):
+    return dict(temperature=temperature, guidance_scale=scale, guidance_power=power)
+
+SAMPLING = {
+    'robustok-rar-b': _ramp(1.02, 6., 1.15), 'robustok-rar-l': _ramp(1.04, 6.75, 1.01), # qiuk2/RobusTok, README
+    'rar-b': _ramp(1., 16., 2.75), 'rar-l': _ramp(1.02, 15.5, 2.5),   # bytedance/1d-tokenizer, README_RAR
+    'rar-xl': _ramp(1.02, 6.9, 1.5), 'rar-xxl': _ramp(1.02, 8., 1.2),
+    **{f'llamagen-{size}': dict(guidance_scale=2., guidance_schedule='constant') for size in 'bl'}} # GETTING_STARTED
+
+RELEASED_PAIRS = (
+    *(f'robustok-{stage}+robustok-rar-{size}' for stage in ('main', 'post') for size in 'bl'),
+    *(f'maskgit-vq+rar-{size}' for size in _SIZES), *(f'llamagen-vq16+llamagen-{size}' for size in 'bl'))
+
+# %% ../nbs/07_released.ipynb #4fa8d2e4
+def token_format(
+    name:str, # of a row of `RELEASED`
+)->dict:      # codebook_size, num_tokens, and image_size (tokenizers) or num_classes (generators)
+    "What a released model reads and writes, without its weights."
+    row = released(name)
+    with torch.device('meta'), torch.no_grad():
+        model = row.build().eval()
+        if row.family == 'generator':
+            return {key: getattr(model, key) for key in ('codebook_size', 'num_tokens', 'num_classes')}
+        side = getattr(model, 'image_size', 256)
+        if hasattr(model, 'num_tokens'): tokens = model.num_tokens
+        else: tokens = math.prod(model.encoder(torch.empty(1, 3, side, side)).shape[2:])
+    return dict(codebook_size=model.codebook_size, num_tokens=tokens, image_size=side)
+
+def pair_names(
+    pair:str, # 'tokenizer+generator', names of `RELEASED`
+)->tuple:     # both names
+    "The parts of a pair, if they fit each other."
+    names = tuple(pair.split('+'))
+    if [released(name).family for name in names] != ['tokenizer', 'generator']:
+        raise ValueError(f"pair must be 'tokenizer+generator', such as {RELEASED_PAIRS[0]!r}, got {pair!r}")
+    formats = [token_format(name) for name in names]
+    for key in ('codebook_size', 'num_tokens'):
+        ours, theirs = (found[key] for found in formats)
+        if ours != theirs: raise ValueError(f"tokenizer and generator must have the same {key}, got {ours} in "
+                                            f"{names[0]!r} and {theirs} in {names[1]!r}")
+    return names
+
+def released_system(
+    pair:str,        # 'tokenizer+generator', names of `RELEASED`
+    device='cpu',    # where both will be
+)->System:           # in eval mode, with the generator's sampling; no discriminator
+    "A released tokenizer and a released generator of its tokens."
+    names = pair_names(pair)
+    tokenizer, generator = (load_released(name).to(device) for name in names)
+    made_by = {kind: f'{name}-{weights_fingerprint(part)}' for kind, name, part
+               in zip(('tokenizer', 'generator'), names, (tokenizer, generator))}
+    return System(tokenizer, generator, None, SAMPLING.get(names[1], {}), made_by)

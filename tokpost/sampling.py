@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['drop_classes', 'guidance_weights', 'filter_logits', 'draw_tokens', 'preservation_mask', 'in_eval_mode', 'draw_seed',
-           'check_labels', 'check_tokens', 'check_sampling']
+           'PackedLinear', 'pack_weights', 'check_labels', 'check_tokens', 'check_sampling']
 
-# %% ../nbs/02_sampling.ipynb #fa031c2e
-import math
+# %% ../nbs/02_sampling.ipynb #d4bb7746
+import copy, math
 from contextlib import contextmanager
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from .run import fast_bfloat16
 
 # %% ../nbs/02_sampling.ipynb #8c67c9dd
 def drop_classes(
@@ -92,7 +93,37 @@ def draw_seed(
     device = 'cpu' if generator is None else generator.device
     return torch.randint(2**62, (), generator=generator, device=device).item()
 
-# %% ../nbs/02_sampling.ipynb #0955d6ab
+# %% ../nbs/02_sampling.ipynb #455e0351
+class PackedLinear(nn.Module):
+    "A linear layer for reading: in autocast's precision, and on a CPU in oneDNN's order."
+    def __init__(self,
+        linear:nn.Linear, # later changes of its weights are not followed
+    ):
+        super().__init__()
+        weight, device = linear.weight.detach(), linear.weight.device
+        if torch.is_autocast_enabled(device.type): weight = weight.to(torch.get_autocast_dtype(device.type))
+        self.weight = weight
+        self.bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
+        self.packed = (device.type == 'cpu' and torch.backends.mkldnn.is_available() and weight.numel() > 0 and
+            (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16(device)))
+        if self.packed: self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def forward(self, x):
+        x = x.to(self.weight.dtype)
+        if not self.packed or not x.numel(): return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+def pack_weights(
+    module:nn.Module, # any; it stays as it is
+)->nn.Module:         # computes the same without gradients, linear layers as `PackedLinear`
+    "A module to sample from: shares everything with the original but the weights of linear layers."
+    if type(module) is nn.Linear: return PackedLinear(module)
+    packed = copy.copy(module)
+    packed._modules = {name: None if child is None else pack_weights(child)
+                       for name, child in module._modules.items()}
+    return packed
+
+# %% ../nbs/02_sampling.ipynb #09095d4a
 def check_labels(
     labels:Tensor,   # must be (B,) in [0, num_classes)
     num_classes:int, # without the null class
@@ -116,7 +147,7 @@ def check_tokens(
     if len(labels) and not 0 <= indices.min() <= indices.max() < K:
         raise ValueError(f"indices must be in [0, {K}), got {indices.min()} to {indices.max()}")
 
-# %% ../nbs/02_sampling.ipynb #727e9764
+# %% ../nbs/02_sampling.ipynb #313e31de
 def check_sampling(
     model:nn.Module,           # has codebook_size, num_tokens and num_classes
     labels:Tensor,       # must be (B,) in [0, num_classes)

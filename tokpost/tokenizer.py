@@ -6,17 +6,17 @@
 __all__ = ['LatentTransformer', 'ViTEncoder', 'ViTDecoder', 'Tokenizer', 'build_tokenizer', 'SemanticTeacher', 'train_tokenizer',
            'main_trained']
 
-# %% ../nbs/03_tokenizer.ipynb #deed3591
+# %% ../nbs/03_tokenizer.ipynb #f197fe04
 import math
 from dataclasses import asdict
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .data import Images, image_batches
 from .evaluate import Evaluation
-from .losses import (Adversary, FrozenViT, ImageLoss, backward, frozen_vit, named_adversary, semantic_loss,
-                            train_discriminator)
+from .losses import (Adversary, FrozenViT, ImageLoss, Outputs, accumulate_gradients, frozen_vit,
+                            named_adversary, semantic_loss, train_discriminator)
 from .networks import cnn_decoder, cnn_encoder
-from .perturbation import PerturbationSchedule, perturb_quantized
+from .perturbation import PerturbationSchedule, draw_ranks, perturb_quantized
 from .quantizer import VectorQuantizer
 from .run import EMA, Loop, Processes, Run, ema_decay, fold, warmup_cosine
 
@@ -177,12 +177,13 @@ class SemanticTeacher(FrozenViT):
         with torch.no_grad(): tokens = self.network.forward_features(self.normalize(images))
         return self.project(tokens[:, 0])
 
-# %% ../nbs/03_tokenizer.ipynb #7f68bbeb
+# %% ../nbs/03_tokenizer.ipynb #1c56ef4e
 def train_tokenizer(
     tokenizer:Tokenizer,     # trained in place; ends with its averaged weights
     images:Images,           # training split
     steps:int=250_000,       # optimizer steps
     batch_size:int=1024,     # images per step, over all processes
+    micro_batch_size:int|None=None, # images per process and pass; None: all at once
     lr:float=2.4e-4,         # AdamW, betas (0.9, 0.95), no weight decay
     warmup:int=1250,         # steps
     final_lr:float=.21,      # share of `lr` at the end (5e-5)
@@ -209,6 +210,7 @@ def train_tokenizer(
     weights = [*tokenizer.parameters(), *(teacher.project.parameters() if teacher else ())]
     optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0.)
     parts = dict(tokenizer=tokenizer, optimizer=optimizer, ema=EMA(tokenizer, ema_decay(steps, ema_horizon)))
+    num_tokens = tokenizer.encode(images[[0]].to(here.device)).shape[1]
     for network in (tokenizer.encoder, tokenizer.decoder): here.compile(network)
     if teacher: parts['projection'] = teacher.project
     if adversary:
@@ -221,30 +223,36 @@ def train_tokenizer(
     loop = Loop(folder, steps, parts, seed, config,
                 schedule=warmup_cosine(steps, warmup, final_lr), name='main training')
     batches = image_batches(images, batch_size, seed, loop.start, here.rank, here.world, augment)
+    def compare(tokens, semantics):
+        with here.autocast(): return semantic_weight*semantic_loss(tokens, semantics)
     for step, (batch, _) in zip(loop, batches):
         batch, active = batch.to(here.device), adversary if step >= start else None
-        with here.autocast():
-            z = tokenizer.features(batch)
-            z_q, indices, losses = tokenizer.quantizer(z)
-            if teacher: losses['semantic_loss'] = semantic_weight*semantic_loss(z_q.mean(1), teacher(batch))
-            if perturbation: z_q = perturb_quantized(tokenizer.quantizer.flatten(z), z_q, tokenizer.codebook,
-                                                     **perturbation(step/steps), indices=indices)
-            reconstruction = tokenizer.decode_codes(z_q)
+        strength = perturbation(step/steps) if perturbation else {}
+        if perturbation: ranks = draw_ranks((len(batch), num_tokens), **strength, device=here.device)
+        def forward(rows):
+            with here.autocast():
+                z = tokenizer.features(batch[rows])
+                z_q, indices, losses = tokenizer.quantizer(z)
+                joint = (z_q.mean(1), teacher(batch[rows])) if teacher else ()
+                if perturbation: z_q = perturb_quantized(tokenizer.quantizer.flatten(z), z_q, tokenizer.codebook,
+                                                         **strength, indices=indices, ranks=ranks[rows])
+                return Outputs(tokenizer.decode_codes(z_q), sum(losses.values()), joint=joint)
         optimizer.zero_grad()
-        log = backward(reconstruction, batch, image_loss, active, tokenizer.last_layer, sum(losses.values()))
+        log, fake = accumulate_gradients(forward, batch, image_loss, active, tokenizer.last_layer, joint_loss=compare if teacher else None,
+                                         moving=tokenizer.quantizer, micro_batch_size=micro_batch_size)
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()
         parts['ema'].update(tokenizer)
         if active:
-            log['discriminator'] = train_discriminator(active, batch, reconstruction,
-                                                       parts['discriminator_optimizer'])
+            log['discriminator'] = train_discriminator(active, batch, fake, parts['discriminator_optimizer'],
+                                                       micro_batch_size)
         loop.log(**log)
     tokenizer.load_state_dict(parts['ema'].module.state_dict())
     tokenizer.eval()
     return loop.rows
 
-# %% ../nbs/03_tokenizer.ipynb #cc736af3
+# %% ../nbs/03_tokenizer.ipynb #65289da1
 def main_trained(
     run:Run,               # names preset, data and seed
     evaluation:Evaluation, # its images and perceptual loss are trained on
@@ -256,7 +264,11 @@ def main_trained(
     about = dict(size['tokenizer'], **tokenizer_changes)
     perturbation = size['perturbation'] if perturbed else None
     tokenizer = build_tokenizer(size['image_size'], seed=fold(run.seed, 'tokenizer'), **about)
-    teacher = SemanticTeacher(about['code_dim'], size['image_size']) if size['losses'].get('semantic') else None
+    teacher, downloaded = None, size['losses'].get('pretrained', True)
+    if size['losses'].get('semantic'):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(run.seed, 'teacher'))
+            teacher = SemanticTeacher(about['code_dim'], size['image_size'], pretrained=downloaded)
     adversary = named_adversary(size['losses'], size['image_size'], fold(run.seed, 'adversary'))
     folder = run.folder('tokenizer', **about, losses=size['losses'], perturbation=perturbation,
                         **size['main_training'])

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Tokens', 'tokenize', 'generated_tokens']
 
-# %% ../nbs/01_tokens.ipynb #94a41944
+# %% ../nbs/01_tokens.ipynb #d6673ebc
 import torch
 from torch import Tensor
 from .data import Images, LatentStore, TokenStore, make_latent_store, make_token_store
-from .run import Run, generator as seeded
+from .run import Run, claim, generator as seeded
 
 # %% ../nbs/01_tokens.ipynb #ecb8fa77
 class Tokens:
@@ -28,7 +28,7 @@ class Tokens:
         found = self.indices[rows]
         return found if found.is_floating_point() else found.long()
 
-# %% ../nbs/01_tokens.ipynb #c6f9db17
+# %% ../nbs/01_tokens.ipynb #83010888
 def tokenize(
     run:Run,         # names the folder
     tokenizer,       # has `encode`, and `codebook` if it is discrete
@@ -41,11 +41,12 @@ def tokenize(
     def make(rows): return tokenizer.encode(images[rows].to(here.device))
     shared = dict(rank=here.rank, world=here.world, wait=here.wait)
     one, folder = make([0])[0], run.folder('tokens', **about)/'tokens'
-    if hasattr(tokenizer, 'codebook'):
-        return make_token_store(folder, make, images.labels, len(one), len(tokenizer.codebook), about, **shared)
-    return make_latent_store(folder, make, images.labels, one.shape, about, **shared)
+    with claim(folder.with_name('.lock'), here):
+        if hasattr(tokenizer, 'codebook'):
+            return make_token_store(folder, make, images.labels, len(one), len(tokenizer.codebook), about, **shared)
+        return make_latent_store(folder, make, images.labels, one.shape, about, **shared)
 
-# %% ../nbs/01_tokens.ipynb #8b2c7562
+# %% ../nbs/01_tokens.ipynb #c9816a91
 def generated_tokens(
     run:Run,         # names the folder
     model,           # has `sample`; `num_tokens` and `codebook_size`, or `latent_shape` if it is continuous
@@ -62,6 +63,7 @@ def generated_tokens(
     folder = run.folder('samples', **about)/'tokens'
     shared = dict(batch_size=run.size['evaluation']['batch_size'], rank=here.rank, world=here.world,
                   wait=here.wait, name='samples')
-    if hasattr(model, 'latent_shape'):
-        return make_latent_store(folder, make, labels, model.latent_shape, about, **shared)
-    return make_token_store(folder, make, labels, model.num_tokens, model.codebook_size, about, **shared)
+    with claim(folder.with_name('.lock'), here):
+        if hasattr(model, 'latent_shape'):
+            return make_latent_store(folder, make, labels, model.latent_shape, about, **shared)
+        return make_token_store(folder, make, labels, model.num_tokens, model.codebook_size, about, **shared)

@@ -115,18 +115,17 @@ def gradients(module): return {name: p.grad for name, p in module.named_paramete
 
 def assert_same_gradients(found, expected, tolerance=1e-5):
     "Of the last step; each weight's to a share of its length, and of the length of all."
-    found, expected = gradients(found), gradients(expected)
     assert found.keys() == expected.keys() and expected
     whole = torch.stack([g.norm() for g in expected.values()]).norm().item()
     for name, gradient in expected.items():
         assert (found[name]-gradient).norm() <= tolerance*(gradient.norm() + .1*whole), name
-        assert found[name].norm().item() == pytest.approx(gradient.norm().item(), rel=10*tolerance, abs=.1*tolerance*whole)
+        assert found[name].norm().item() == pytest.approx(gradient.norm().item(), rel=tolerance, abs=.1*tolerance*whole), name
 
 
 @every_trainer
 def test_parts_give_the_gradients_of_one_pass(train):
     (whole, expected), (parts, rows) = train(), train(micro_batch_size=3)    # 3, 3, 3, 1
-    assert_same_gradients(parts, whole)
+    assert_same_gradients(gradients(parts), gradients(whole))
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, other in zip(rows, expected): assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
 
@@ -157,13 +156,14 @@ class Saved:
 
 
 @every_trainer
-def test_graphs_of_parts_are_smaller(train):
+def test_graphs_are_as_small_as_those_of_a_batch_of_that_size(train):
     peaks = []
-    for size in (None, 2):
+    for options in (dict(), dict(micro_batch_size=2), dict(batch_size=2)):
         saved = Saved()
-        with saved.hooks(): train(micro_batch_size=size, steps=2)
+        with saved.hooks(): train(steps=2, **options)
         peaks.append(saved.most)
-    assert peaks[1] < .3*peaks[0]
+    whole, parts, small = peaks
+    assert parts <= 1.05*small and parts < .5*whole
 
 
 @every_trainer
@@ -229,7 +229,7 @@ def test_logit_means_are_those_of_the_batch():
     for adversary, loss in zip(adversaries, losses):
         torch.testing.assert_close(adversary.logit_means, means)
         torch.testing.assert_close(loss, losses[0])
-        assert_same_gradients(adversary, adversaries[0])
+        assert_same_gradients(gradients(adversary), gradients(adversaries[0]))
 
 
 def test_a_run_goes_on_in_parts(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_run_goes_on_in_parts(tmp_path, monkeypatch):
         tokenizer(folder=tmp_path, **options)
     resumed, rows = tokenizer(folder=tmp_path, micro_batch_size=4, **options)
     assert [row['step'] for row in rows] == list(range(4))
-    assert_same_gradients(resumed, whole)
+    assert_same_gradients(gradients(resumed), gradients(whole), tolerance=1e-3)
 
 
 def test_a_folder_does_not_depend_on_the_size_of_parts():
@@ -260,10 +260,9 @@ def test_a_folder_does_not_depend_on_the_size_of_parts():
 
 
 def everywhere(train, here):
-    "Last gradients and log of a training that draws nothing, so that only the split of the batch differs."
+    "Last gradients of a training that draws nothing, so that only the split of the batch differs."
     module, rows = train(batch_size=16, micro_batch_size=None if here.world == 1 else 3)         # 3, 3, 2 on each of two
-    if here.world > 1: [Processes('fp32').sum(torch.zeros(())), here.wait()]
-    return dict(gradients={name: g.clone() for name, g in gradients(module).items()}, last=rows[-1])
+    return gradients(module)
 
 
 ACROSS = dict(tokenizer=partial(tokenizer, perturbation=None), generator=partial(on_tokens, train_generator, partial(rar, 0.), clip=1e9, randomness_start=0., randomness_stop=0.))
@@ -285,11 +284,7 @@ def test_parts_on_two_processes_equal_one_pass_on_one(two, name):
     folder, said = two
     path = folder/f'{name}.pt'
     assert path.exists(), said[-3000:]
-    found, expected = torch.load(path), everywhere(ACROSS[name], Processes('fp32'))
-    whole = torch.stack([g.norm() for g in expected['gradients'].values()]).norm().item()
-    assert found['gradients'].keys() == expected['gradients'].keys()
-    for key, gradient in expected['gradients'].items():
-        assert (found['gradients'][key]-gradient).norm() <= 1e-5*(gradient.norm() + .1*whole), key
+    assert_same_gradients(torch.load(path), everywhere(ACROSS[name], Processes('fp32')))
 
 
 if __name__ == '__main__':

@@ -1,13 +1,20 @@
 "The autoregressive generator against explicit loops, closed forms and an undisturbed run."
 import math
 import pytest, torch, torch.nn.functional as F
+from contextlib import contextmanager
+from functools import partial
 from scipy.stats import binom
 from torch import nn
-from tokpost.autoregressive import (RAR, CachedDecoding, random_orders, randomness, sample_tokens, token_loss,
-                                    train_generator, write_tokens)
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from tokpost.autoregressive import (RAR, CachedDecoding, CUDAGraph, KVCache, random_orders, randomness, sample_tokens,
+                                    token_loss, train_generator, write_tokens)
 from tokpost.data import make_token_store
 from tokpost.networks import decay_groups
-from tokpost.sampling import draw_tokens, drop_classes, filter_logits, guidance_weights, preservation_mask
+from tokpost.released import LlamaGen
+from tokpost.run import fast_bfloat16
+from tokpost.sampling import (PackedLinear, draw_tokens, drop_classes, filter_logits, guidance_weights, pack_weights,
+                              preservation_mask)
 
 K, N, C = 23, 16, 5
 SIZES = dict(codebook_size=K, num_tokens=N, num_classes=C, width=24, depth=3, heads=3)
@@ -129,6 +136,125 @@ def test_cached_logits_equal_forward(options, tokens, labels):
         expected = model(tokens, labels)
     assert (one_by_one-expected).abs().max() <= 1e-5*expected.abs().max()
 
+@torch.no_grad()
+def decoded(model, tokens, labels, **options):
+    decode = CachedDecoding(model, labels, **options)
+    return torch.stack([decode()] + [decode(token) for token in tokens[:, :-1].T], 1), decode
+
+@pytest.mark.parametrize('span', [2, 3, N, N+1, 100])
+def test_any_span_gives_the_same_logits(span, tokens, labels):
+    model = random_model()
+    logits, decode = decoded(model, tokens, labels, span=span)
+    with torch.no_grad(): expected = model(tokens, labels)
+    assert (logits-expected).abs().max() <= 1e-5*expected.abs().max()
+    assert all(cache.length.item() == len(cache.places) == N+1 for cache in decode.caches)
+
+def test_cache_holds_what_it_has_room_for(tokens, labels):
+    attention, x = random_model().blocks[0].attention, torch.randn(2, 9, 24, generator=rng())
+    cache = KVCache(5)
+    with torch.no_grad():
+        seen = [attention(x[:, :2], cache), attention(x[:, 2:5], cache)]
+        memory = cache.memory
+        with pytest.raises(IndexError): attention(x[:, 5:6], cache)
+        with pytest.raises((IndexError, RuntimeError)): attention(x[:, 5:], KVCache(3))
+        cache.reserve(3), cache.reserve(5)
+        assert cache.memory is memory and len(cache.places) == 5
+        cache.reserve(9)
+        seen.append(attention(x[:, 5:], cache))
+        assert (torch.cat(seen, 1) - attention(x)).abs().max() < 1e-5*attention(x).abs().max()
+        logits, decode = decoded(random_model(), tokens, labels)
+        with pytest.raises(ValueError, match=f'tokens must be at most {N-1}, got one more'): decode(tokens[:, -1])
+    with pytest.raises(ValueError, match='span must be at least 2, got 1'): CachedDecoding(random_model(), labels, span=1)
+
+def test_modulations_once_per_class(tokens):
+    "Several sequences of a class, in any order, and the null class: each class is computed once per span."
+    model, rows = random_model(), []
+    labels = torch.tensor([3, C, 1, 3, C, C])
+    condition = model.inputs.condition
+    model.inputs.condition = lambda classes, start, stop: rows.append((classes.tolist(), start)) or condition(classes, start, stop)
+    logits, _ = decoded(model, tokens, labels, span=6)
+    assert rows == [([1, 3, C], 0), ([1, 3, C], 6), ([1, 3, C], 12)]
+    del model.inputs.condition
+    with torch.no_grad(): expected = model(tokens, labels)
+    assert (logits-expected).abs().max() <= 1e-5*expected.abs().max()
+
+def test_every_step_is_the_same_graph(tokens, labels):
+    "Two graphs, the start and one token, serve all positions: no look at values, no change of shape."
+    model, counter = random_model(), CompileCounter()
+    torch._dynamo.reset()
+    decode = CachedDecoding(model, labels, span=5, graphs=False)
+    for cache in decode.caches: cache.reserve(N+1)
+    decode.step = torch.compile(decode.step, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        logits = torch.stack([decode()] + [decode(token) for token in tokens[:, :-1].T], 1)
+        expected = model(tokens, labels)
+    assert counter.frame_count == 2
+    assert (logits-expected).abs().max() <= 1e-5*expected.abs().max()
+
+class Tape(TorchDispatchMode):
+    "What a CUDA graph does, on a CPU: keeps operations and their memory; recording leaves no trace, replaying repeats it."
+    def __init__(self):
+        super().__init__()
+        self.operations, self.before = [], []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, 'looked at a value'
+        if operation._schema.is_mutable:
+            changed = [x for x, a in zip(args, operation._schema.arguments) if a.alias_info and a.alias_info.is_write]
+            self.before += [(x, x.clone()) for x in changed]
+        out = operation(*args, **kwargs or {})
+        self.operations.append((operation, args, kwargs or {}, out))
+        return out
+
+    def capture_end(self):
+        for x, value in reversed(self.before): x.copy_(value)
+
+    def replay(self):
+        for operation, args, kwargs, out in self.operations:
+            again = operation(*args, **kwargs)
+            for x, value in zip(*((y if isinstance(y, (list, tuple)) else [y]) for y in (out, again))):
+                if x.data_ptr() != value.data_ptr(): x.copy_(value)
+
+@contextmanager
+def recorded(tape, **options):
+    with tape: yield
+    tape.capture_end()
+
+@pytest.fixture
+def cuda_graphs_on_the_cpu(monkeypatch):
+    tapes = []
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: tapes.append(Tape()) or tapes[-1])
+    monkeypatch.setattr(torch.cuda, 'graph', recorded)
+    return tapes
+
+def random_llamagen(**options):
+    model = LlamaGen(K, N, C, width=24, depth=2, heads=3).eval()
+    for p in model.parameters(): nn.init.normal_(p, std=.3, generator=rng())
+    return model
+
+@pytest.mark.parametrize('make', [*(partial(random_model, **options) for options in VARIANTS), random_llamagen])
+def test_replayed_steps_equal_forward(make, tokens, labels, cuda_graphs_on_the_cpu):
+    model = make()
+    logits, decode = decoded(model, tokens, labels, span=5, graphs=True)
+    with torch.no_grad(): expected = model(tokens, labels)
+    assert (logits-expected).abs().max() <= 1e-5*expected.abs().max()
+    tape, = cuda_graphs_on_the_cpu
+    assert len(tape.operations) > 20 and isinstance(decode.step, CUDAGraph)
+
+def test_a_replay_reads_no_memory_that_was_given_back(tokens, labels, cuda_graphs_on_the_cpu):
+    "Every tensor the graph reads, made before it, is still the one that the decoder holds at the end."
+    model = random_model()
+    decode, held = CachedDecoding(model, labels, span=5, graphs=True), lambda: [
+        x.data_ptr() for cache in decode.caches for x in (cache.memory, cache.places, cache.length)] + [
+        x.data_ptr() for x in (*decode.modulations, decode.position, decode.places, decode.rows)]
+    decode(), decode(tokens[:, 0])
+    assert not cuda_graphs_on_the_cpu                                  # two calls to warm up
+    decode(tokens[:, 1])
+    assert len(cuda_graphs_on_the_cpu) == 1
+    early = held()
+    for token in tokens[:, 2:-1].T: decode(token)
+    assert held() == early
+
 def test_fresh_model_has_identity_blocks_and_small_logits(tokens, labels):
     model = RAR(**SIZES)
     x = torch.randn(2, 4, 24)
@@ -187,6 +313,9 @@ def test_class_dropout_rate():
 
 
 # sampling
+
+@pytest.fixture(autouse=True)
+def pack_small_layers_too(monkeypatch): monkeypatch.setattr(PackedLinear, 'smallest', 0)
 
 EVERYTHING = dict(guidance_scale=3., guidance_power=1.5, temperature=1.1, top_k=9, top_p=.9)
 
@@ -322,6 +451,71 @@ def test_sampling_under_bf16(tokens, labels):
         with torch.no_grad(): logits = decode()
     assert torch.equal(mixed[mask], tokens[mask]) and logits.dtype == torch.float32
     assert decode.caches[0].memory.dtype == torch.bfloat16
+
+@pytest.mark.parametrize('copies', [1, 3])
+def test_sequences_of_one_class_are_drawn_as_of_several(copies, labels):
+    "Many sequences of few classes; each is what greedy choice writes for its class alone."
+    model, greedy = random_model(), lambda t, logits: logits.argmax(-1)
+    weights = guidance_weights(3., N)
+    written = write_tokens(model, labels.repeat(copies), weights, greedy)
+    for row, label in zip(written, labels.repeat(copies)):
+        assert torch.equal(row, write_tokens(model, label[None], weights, greedy)[0])
+
+def test_packed_weights_compute_the_same(monkeypatch):
+    monkeypatch.undo()                                                 # small layers stay as they are
+    a = nn.Sequential(nn.Linear(7, 5000, bias=False), nn.GELU(), nn.Linear(5000, 7))
+    model = nn.ModuleDict(dict(a=a, b=nn.Linear(300, 301), small=nn.Linear(3, 3)))
+    model.register_module('none', None)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    packed = pack_weights(model)
+    assert [m.packed for m in packed.modules() if type(m) is PackedLinear] == [True, True, True, False]
+    assert packed.none is None
+    assert type(model['b']) is nn.Linear and model['a'][1] is not packed['a'][1]
+    with torch.no_grad():
+        for shape in [(7,), (1, 7), (4, 7), (2, 3, 7), (0, 7), (2, 0, 7)]:
+            x = torch.randn(shape, generator=rng())
+            expected, got = model['a'](x), packed['a'](x)
+            assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
+        x = torch.randn(300, 50, generator=rng()).T                    # not contiguous
+        assert torch.allclose(packed['b'](x), model['b'](x), atol=1e-5)
+        model['b'].weight.zero_()                                      # the copy does not follow
+        assert packed['b'](x).abs().sum() > model['b'](x).abs().sum() + 1
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items() if name != 'b.weight')
+
+class Adapted(nn.Linear):
+    def forward(self, x): return super().forward(x) + 1
+
+def test_only_plain_linear_layers_are_packed():
+    module = nn.Sequential(Adapted(4, 4), nn.Linear(4, 4))
+    x, packed = torch.randn(2, 4), pack_weights(module)
+    assert [type(m) for m in packed] == [Adapted, PackedLinear]
+    with torch.no_grad(): assert torch.allclose(packed(x), module(x), atol=1e-6)
+
+def test_packed_precision(monkeypatch):
+    linear, x = nn.Linear(256, 128), torch.randn(4, 256)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        packed, expected = PackedLinear(linear), linear(x)
+        assert packed.packed == fast_bfloat16(torch.device('cpu'))
+        assert packed(x).dtype == expected.dtype == torch.bfloat16 and (packed(x)-expected).abs().max() <= .01
+    double = PackedLinear(nn.Linear(256, 128).double())
+    assert not double.packed and double(x.double()).dtype == torch.float64
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    plain = PackedLinear(linear)
+    assert not plain.packed and torch.equal(plain(x), linear(x).detach())
+
+def test_same_tokens_without_onednn(labels, monkeypatch):
+    model = random_model()
+    assert pack_weights(model).head.linear.packed
+    expected = model.sample(labels, generator=rng(), **EVERYTHING)
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    assert torch.equal(model.sample(labels, generator=rng(), **EVERYTHING), expected)
+
+def test_weights_may_change_between_two_calls(labels):
+    model = random_model()
+    first = model.sample(labels, generator=rng())
+    with torch.no_grad(): model.blocks[0].mlp[0].weight.mul_(-1)
+    second = model.sample(labels, generator=rng())
+    assert not torch.equal(first, second) and torch.equal(second, model.sample(labels, generator=rng(), cache=False))
 
 def test_global_generator_decides_without_one(labels):
     model = random_model()

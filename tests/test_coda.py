@@ -9,7 +9,7 @@ from tokpost.coda import (CODA, LoRAConv2d, adapters, build_quantizer, inject_lo
                           load_coda, lora_convolutions, lora_parameters, merge_lora, running_order, save_adapters,
                           save_coda, train_coda, train_quantizer, trained_coda)
 from tokpost.data import load_images, make_token_store
-from tokpost.losses import ImageLoss, backward, build_adversary
+from tokpost.losses import ImageLoss, accumulate_gradients, backward, build_adversary
 from tokpost.post_train import post_train
 from tokpost.run import Processes, load_state, save_state
 from tokpost.tokens import Tokens
@@ -278,28 +278,28 @@ def watched(monkeypatch):
         def step(self, *args):
             seen['rates'].append(self.param_groups[0]['lr'])
             return super().step(*args)
-    def watched_backward(*args, **options):
+    def watched_gradients(*args, **options):
         judge = args[3]
         before = [None if p.grad is None else p.grad.clone() for p in judge.parameters()]
-        log = backward(*args, **options)
+        log = accumulate_gradients(*args, **options)
         seen['ramps'].append(options['ramp'])
         seen['judge'].append(all(p.grad is None if a is None else torch.equal(p.grad, a)
                                  for p, a in zip(judge.parameters(), before)))
         return log
     step = coda_module.train_discriminator
-    def watched_step(adversary, images, reconstruction, optimizer):
+    def watched_step(adversary, images, reconstruction, optimizer, *size):
         fresh = copy.deepcopy(adversary)
         fresh.zero_grad()
         fresh.discriminator_loss(images, reconstruction).backward()
         expected = [p.grad for p in fresh.parameters()]
         taken = []
         hook = optimizer.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in adversary.parameters()))
-        loss = step(adversary, images, reconstruction, optimizer)
+        loss = step(adversary, images, reconstruction, optimizer, *size)
         hook.remove()
         seen['maker'].append(all(torch.equal(a, b) for a, b in zip(taken, expected)))
         return loss
     monkeypatch.setattr(coda_module.torch.optim, 'AdamW', Watched)
-    monkeypatch.setattr(coda_module, 'backward', watched_backward)
+    monkeypatch.setattr(coda_module, 'accumulate_gradients', watched_gradients)
     monkeypatch.setattr(coda_module, 'train_discriminator', watched_step)
     return seen
 

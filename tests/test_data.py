@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from scipy.stats import binom
 from tokpost.data import (LatentStore, Images, TokenStore, draw_rows, eval_batches, image_batches, load_images,
-                          make_token_store, square_crop, to_images, to_pixels, token_batches)
+                          coda_crop, make_token_store, square_crop, ten_crops, to_images, to_pixels, token_batches)
 
 def within_binomial_bounds(count, n, p):
     return binom.ppf(5e-7, n, p) <= count <= binom.isf(5e-7, n, p)
@@ -94,6 +94,43 @@ def test_random_crops_have_no_preferred_place_or_scale():
     assert all(within_binomial_bounds(count, 600, 1/9) for count in counts)
     centre = square_crop(picture, 32).astype(int)
     assert np.abs(centre[..., 0] + centre[:, ::-1, 0] - 255).max() <= 2
+
+@pytest.mark.parametrize('size', [(60, 45), (33, 47), (32, 32), (24, 40), (130, 100)])
+def test_random_crops_are_those_of_pillow_but_for_single_levels(size):
+    "Torch scales with weights of 16 bits; a photograph is smooth, noise is the worst there is."
+    from sklearn.datasets import load_sample_image
+    photo = Image.fromarray(load_sample_image('flower.jpg')).resize(size)
+    for picture, share, largest in (photo, .02, 2), (noise(size), .05, 3):
+        for seed in range(5):
+            side = np.random.default_rng(seed).integers(32, 41)
+            draws, image = np.random.default_rng(seed), picture
+            draws.integers(32, 41)
+            while min(image.size) >= 2*side: image = image.resize([x//2 for x in image.size], Image.Resampling.BOX)
+            w, h = (max(side, round(side/min(image.size)*x)) for x in image.size)
+            left, top = draws.integers(w-32+1), draws.integers(h-32+1)
+            theirs = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left+32, top+32))
+            ours = square_crop(picture, 32, np.random.default_rng(seed)).astype(int)
+            levels = np.abs(ours - np.asarray(theirs))
+            assert levels.max() <= largest and (levels > 0).mean() <= share
+
+@pytest.mark.parametrize('size, side', [((500, 375), 256), ((300, 420), 256), ((600, 700), 256), ((40, 31), 32), ((30, 30), 32), ((29, 45), 21)])
+def test_ten_crops_are_torchvisions_of_the_centre_crop(size, side):
+    from torchvision.transforms import v2
+    picture = noise(size)
+    square = Image.fromarray(square_crop(picture, int(1.1*side)))
+    assert np.array_equal(ten_crops(picture, side), np.stack([np.asarray(crop) for crop in v2.TenCrop(side)(square)]))
+
+@pytest.mark.parametrize('size, side', [((500, 375), 256), ((300, 420), 256), ((600, 700), 256), ((40, 31), 32), ((30, 30), 32)])
+def test_codas_crops_are_parts_of_torchvisions_scaling(size, side):
+    from torchvision.transforms import v2
+    picture, places = noise(size), set()
+    whole = np.asarray(v2.Resize(round(1.125*side), v2.InterpolationMode.LANCZOS)(picture))
+    for seed in range(12):
+        draws = np.random.default_rng(seed)
+        left, top = draws.integers(whole.shape[1]-side+1), draws.integers(whole.shape[0]-side+1)
+        assert np.array_equal(coda_crop(picture, side, np.random.default_rng(seed)), whole[top:top+side, left:left+side])
+        places.add((int(left), int(top)))
+    assert len(places) > 6
 
 def test_bytes_survive_the_way_there_and_back():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
@@ -317,6 +354,75 @@ def test_reading_from_disk_equals_memory(natural):
                     lambda x: take(image_batches(x, 4, seed=1, augment=True, workers=0), 4)):
         for a, b in zip(batches(disk), batches(natural), strict=True): assert all(map(torch.equal, a, b))
     assert -1 <= natural[:].min() < -.8 and .8 < natural[:].max() <= 1 and natural[:].dtype == torch.float32
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_codas_batches_are_cropped_and_never_mirrored(workers):
+    "Red rises to the right in every crop; each is the part of the scaled picture that seed and place say."
+    images = images_of([ramps(40, 26), ramps(19, 30), ramps(21, 20)])
+    drawn = take(draw_rows(3, 4, 5, start=1), 8)
+    for (step, places, rows), (batch, labels) in zip(drawn, image_batches(images, 4, 5, start=1, augment='crop', workers=workers)):
+        assert (batch[:, 0, :, -1] > batch[:, 0, :, 0]).all() and labels.tolist() == rows.tolist()
+        for place, row, image in zip(places, rows, to_pixels(batch)):
+            picture = Image.fromarray(images.rows[row]['array'])
+            expected = coda_crop(picture, 8, np.random.default_rng((5, 1, place)))
+            assert np.array_equal(image.permute(1, 2, 0), expected)
+    mirrored = take(image_batches(images, 4, 5, augment=True, workers=0), 8)
+    assert any((batch[:, 0, :, -1] < batch[:, 0, :, 0]).any() for batch, _ in mirrored)
+
+@pytest.mark.parametrize('memory', [2**30, 0])
+def test_codas_batches_of_files_of_the_size_are_whole(memory):
+    images = images_of([noise((8, 8), i) for i in range(4)], memory=memory)
+    (_, _, rows), (batch, _) = next(draw_rows(4, 4, 5)), next(image_batches(images, 4, 5, augment='crop', workers=0))
+    assert torch.equal(batch, images[rows])
+
+def test_unknown_augmentation_is_refused(natural):
+    with pytest.raises(ValueError, match="augment must be False, True or 'crop', got 'mirror'"): next(image_batches(natural, 4, augment='mirror'))
+
+def test_conversion_leaves_bytes_and_floats_alone():
+    for pixels in torch.arange(256, dtype=torch.uint8), torch.arange(256.):
+        before = pixels.clone()
+        assert torch.equal(to_images(pixels), before.float()/127.5 - 1) and torch.equal(pixels, before)
+
+@pytest.mark.parametrize('memory', [2**30, 0])
+@pytest.mark.parametrize('cores', [1, 3])
+def test_crops_of_an_image(natural, monkeypatch, memory, cores):
+    "By one thread or several, from files or memory; every image is decoded once."
+    monkeypatch.setattr('tokpost.data._cores', lambda: cores)
+    images = Images(natural.rows, natural.labels, 6, 8, 'pictures', memory=memory)
+    decoded, decode = [], images._decode_raw
+    monkeypatch.setattr(images, '_decode_raw', lambda i: decoded.append(i) or decode(i))
+    rows = [4, 0, 5, 4]
+    assert torch.equal(images.crops_of(rows), images[rows][:, None])
+    assert torch.equal(images.crops_of(rows, 2), torch.stack([images[rows], images[rows].flip(-1)], 1))
+    decoded.clear()
+    ten = images.crops_of(rows, 10)
+    assert ten.shape == (4, 10, 3, 8, 8) and ten.dtype == torch.float32 and sorted(decoded) == [0, 4, 4, 5]
+    expected = ten_crops(Image.fromarray(natural.rows[5]['array']), 8)
+    assert np.array_equal(to_pixels(ten[2]).permute(0, 2, 3, 1), expected)
+    assert torch.equal(images.crops_of(slice(1, 6, 2), 10), images.crops_of([1, 3, 5], 10))
+
+def test_crops_that_cannot_be_are_refused(natural):
+    for crops in (0, 5, 11):
+        with pytest.raises(ValueError, match=f'crops must be 1, 2 or 10, got {crops}'): natural.crops_of([0], crops)
+    digits = images_of([noise((20, 14))], name='mnist')
+    assert digits.crops_of([0]).shape == (1, 1, 3, 8, 8)
+    for crops in (2, 10):
+        with pytest.raises(ValueError, match=f"crops must be 1 for 'mnist', whose images are never mirrored, got {crops}"): digits.crops_of([0], crops)
+
+@pytest.mark.filterwarnings('ignore:.*passed over')
+def test_ten_crops_of_an_unreadable_image_are_those_of_the_next_of_its_class(natural):
+    rows = [dict(bytes=b'damaged', path='0.png'), *natural.rows[1:]]
+    images = Images(rows, np.array([0, 1, 2, 0, 1, 0]), 3, 8, 'pictures', memory=0)
+    assert torch.equal(images.crops_of([0, 1], 10), natural.crops_of([3, 1], 10))
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    "Not by those of other machines; at least one is left."
+    from tokpost.data import _cores
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(12)), raising=False)
+    for processes, cores in ((None, 12), ('1', 12), ('4', 3), ('8', 1), ('24', 1)):
+        if processes: monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        else: monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+        assert _cores() == cores
 
 @pytest.mark.parametrize('world', [1, 2, 3])
 @pytest.mark.parametrize('count', [None, 5, 4])

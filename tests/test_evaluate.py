@@ -408,7 +408,7 @@ def everything(folder):
     perturbed = pfid(tokenizer, evaluation.batches('validation'), evaluation.network, (.9, .5), (3,), rfid=True,
                      reference=evaluation.statistics('validation'), progress=False, folder=folder/'pfid')
     statistics = store_statistics(features, batch_size=70)
-    return dict(features=features[:], again=again[:], made=here.sum(torch.tensor(sum(made))).item(), rfid=perturbed.rfid,
+    return dict(rows=features[:], again=again[:], made=here.sum(torch.tensor(sum(made))).item(), rfid=perturbed.rfid,
                 pfid=perturbed.pfid, count=statistics.count, covariance=statistics.covariance,
                 **generation_scores(evaluation, features))
 
@@ -428,7 +428,7 @@ def test_two_processes_equal_one(evaluation, tmp_path):
     for name, value in one.items():
         if isinstance(value, str): assert two[name] == value
         else: torch.testing.assert_close(torch.as_tensor(two[name]), torch.as_tensor(value), rtol=1e-6, atol=1e-6, msg=name)
-    assert torch.equal(two['features'], two['again'])
+    assert torch.equal(two['rows'], two['again'])
 
 if __name__ == '__main__':
     here = Processes('fp32')

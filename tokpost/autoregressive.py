@@ -44,7 +44,7 @@ def randomness(
     if step < start: return 1.
     return 0. if step >= stop else 1 - (step-start)/(stop-start)
 
-# %% ../nbs/04_autoregressive.ipynb #10c6d28a
+# %% ../nbs/04_autoregressive.ipynb #2c54edfb
 class KVCache:
     "Keys and values of the positions seen so far, in memory of a fixed shape."
     def __init__(self,
@@ -82,7 +82,7 @@ class KVCache:
         self.length += n
         keys, values = self.memory
         scores = q*width**-.5 @ keys.mT                                   # (B, heads, n, capacity)
-        return scores.masked_fill(self.places > coming[:, None], -torch.inf).softmax(-1) @ values
+        return scores.masked_fill_(self.places > coming[:, None], -torch.inf).softmax(-1) @ values
 
 # %% ../nbs/04_autoregressive.ipynb #0762ceb6
 class Head(nn.Module):
@@ -307,11 +307,11 @@ class CUDAGraph:
         self.graph.replay()
         return self.y.clone()
 
-# %% ../nbs/04_autoregressive.ipynb #62624043
+# %% ../nbs/04_autoregressive.ipynb #f7b6b866
 class CachedDecoding:
     "Next-token logits from one token at a time, in raster order."
     def __init__(self,
-        model:RAR,     # in eval mode; later changes of its weights are not followed
+        model:RAR,     # in eval mode; read now, later changes of its weights may be missed
         labels:Tensor, # (B,) long in 0..num_classes
         span:int=32,   # at least 2, positions prepared together
         graphs:bool|None=None, # replay a CUDA graph; None: on a GPU
@@ -340,7 +340,8 @@ class CachedDecoding:
     def step(self, x): # (B, n, W) -> (B, K)
         "Logits after `n` more positions, by the same operations whatever the position."
         positions = self.position + torch.arange(x.shape[1], device=x.device)
-        own = lambda m: None if m is None else m[self.rows[:, None], positions % self.span]
+        here = self.rows[:, None], positions % self.span
+        own = lambda m: None if m is None else m[here]                    # (B, n, 6W or 2W)
         x = x + self.places[positions]
         for block, m, cache in zip(self.model.blocks, self.modulations, self.caches):
             x = block(x, own(m), cache)
@@ -359,10 +360,10 @@ class CachedDecoding:
         if self.done > len(self.places):
             raise ValueError(f"tokens must be at most {self.model.num_tokens-1}, got one more")
         if self.done > self.ready: self.prepare()
-        if self.graphs and self.calls == 3: self.step = CUDAGraph(self.step, x)
+        if self.graphs and self.calls == 3: self.step = CUDAGraph(self.step, x) # after two to warm up
         return self.step(x)
 
-# %% ../nbs/04_autoregressive.ipynb #f5ae1e65
+# %% ../nbs/04_autoregressive.ipynb #a4553a38
 @torch.no_grad()
 def write_tokens(
     model:RAR,            # in eval mode
@@ -385,7 +386,7 @@ def write_tokens(
         tokens[:, t] = choose_fn(t, logits)
     return tokens
 
-# %% ../nbs/04_autoregressive.ipynb #fa963809
+# %% ../nbs/04_autoregressive.ipynb #560d4336
 def sample_tokens(
     model:RAR,                # trained; its mode (training or evaluation) is restored
     labels:Tensor,            # (B,) long in 0..num_classes-1
@@ -415,7 +416,7 @@ def sample_tokens(
         tokens = indices if sigma == 1 else write_tokens(model, labels, weights, choose, cache)
     return (tokens.clone(), mask) if return_mask else tokens.clone()
 
-# %% ../nbs/04_autoregressive.ipynb #46bd429a
+# %% ../nbs/04_autoregressive.ipynb #d6fbe5c0
 def trained_generator(
     run:Run,          # names preset and seed
     store:TokenStore, # training tokens

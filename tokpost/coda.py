@@ -333,7 +333,7 @@ def train_quantizer(
     quantizer.eval()
     return loop.rows
 
-# %% ../nbs/03_coda.ipynb #e770c5eb
+# %% ../nbs/03_coda.ipynb #afcf312d
 def train_coda(
     coda:CODA,               # quantizer and adapters are trained in place; end with their averaged weights
     images:Images,           # training split
@@ -351,7 +351,7 @@ def train_coda(
     perturbation:PerturbationSchedule|None=None, # of the codes, inside the loop of levels; None: clean codes only
     clip:float=10.,          # largest gradient norm; 0: off
     ema_horizon:float=.1,    # share of the run that the average looks back on
-    augment:bool=False,      # mirror and crop
+    augment:bool|str=False,  # 'crop': crop at random, as the official code | True: mirror, too
     seed:int=0,              # order and augmentation, draws from the posterior
     folder=None,             # keeps checkpoints and resumes; None: no files
     precision:str='auto',    # 'fp32' | 'bf16' | 'auto'
@@ -390,7 +390,7 @@ def train_coda(
                 return Outputs(coda.decode_codes(z_q), quantizer_weight*sum(losses.values()))
         optimizer.zero_grad()
         last_layer.grad = None
-        log, fake = accumulate_gradients(forward, batch, image_loss, adversary, last_layer, min(1., step/(ramp*steps)),
+        log, fake = accumulate_gradients(forward, batch, image_loss, adversary, last_layer, ramp=min(1., step/(ramp*steps)),
                                          moving=coda.quantizer, micro_batch_size=micro_batch_size)
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)

@@ -8,14 +8,14 @@ __all__ = ['HUB', 'SPLITS', 'NEVER_FLIPPED', 'KINDS', 'SHARD_IMAGES', 'INDEX', '
            'ShardRows', 'Images', 'load_images', 'draw_rows', 'image_batches', 'eval_batches', 'TokenStore',
            'LatentStore', 'make_token_store', 'make_latent_store', 'token_batches']
 
-# %% ../nbs/00_data.ipynb #721eab27
+# %% ../nbs/00_data.ipynb #44320c47
 import copy, glob, hashlib, io, json, math, os, re, shutil, tarfile, tempfile, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np, torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -80,7 +80,7 @@ def coda_crop(
     pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     return pixels[top:top+image_size, left:left+image_size]
 
-# %% ../nbs/00_data.ipynb #0838dc20
+# %% ../nbs/00_data.ipynb #af6deb5a
 HUB = {'mnist': 'ylecun/mnist', 'cifar10': 'uoft-cs/cifar10', 'imagenet': 'ILSVRC/imagenet-1k'}
 SPLITS = {'train': ('train',), 'validation': ('validation', 'val', 'valid', 'test')}
 NEVER_FLIPPED = ('digits', 'mnist')
@@ -107,6 +107,8 @@ def find_shards(
         found = [sorted(glob.glob(str(path), recursive=True)) for path in _under_data(name)]
         if not any(found): raise FileNotFoundError(f"{pattern!r}: there is no shard {name} on this disk")
         shards += map(Path, found[0] or found[1])
+    twice = len(shards) - len(set(shards))
+    if twice: raise ValueError(f"{pattern!r} must name every shard once, got {twice} twice")
     return shards
 
 def find_source(
@@ -151,7 +153,7 @@ def _of_split(source, paths, split):
                          "alone, there is no train split beside it")
     return [path for path, name in zip(paths, said) if name == has[split]], False
 
-# %% ../nbs/00_data.ipynb #5bf6731f
+# %% ../nbs/00_data.ipynb #cf9aaf63
 def _phrases(text): return {part.strip().lower() for part in text.replace('_', ' ').split(',')}
 
 @cache
@@ -170,7 +172,7 @@ def check_classes(
     source:str, # for messages
 ):
     "Refuse ImageNet's thousand classes in any order but that of sorted WordNet ids."
-    if len(names) != 1000 and not re.fullmatch(r'n\d{8}', names[0]): return
+    if len(names) < 900: return
     ids, lemmas, meant = _imagenet()
     missing = [name for name in ids if name not in names]
     if .9*len(ids) < len(names) != len(ids) and set(names) <= set(ids):
@@ -180,9 +182,10 @@ def check_classes(
     strange = [i for i, classes in enumerate(could) if classes and i not in classes]
     sure = [i for i in strange if names[i].replace('_', ' ').lower() in {*ids, *map(str.lower, lemmas)}]
     if sure or len(strange) > 50: # a list of words may differ in some
-        i, true = (sure or strange)[0], min(could[(sure or strange)[0]])
-        raise ValueError(f"{source}: class {i} is {names[i]!r}, class {i} of ImageNet is {ids[i]} ({lemmas[i]}); {names[i]!r} "
-                         f"is its class {true}. Classes must be in the order of sorted WordNet ids: name the folders by them")
+        i = strange[0]
+        raise ValueError(f"{source}: class {i} is {names[i]!r}, class {i} of ImageNet is {ids[i]} ({lemmas[i]}); "
+                         f"{names[i]!r} is its class {min(could[i])}. Classes must be in the order of sorted WordNet "
+                         "ids: name the folders by them")
 
 # %% ../nbs/00_data.ipynb #ed72f0b0
 class FolderRows:
@@ -197,7 +200,7 @@ class FolderRows:
     def __getitem__(self, i): return dict(path=self.path_of(i))
     def select(self, kept): return FolderRows(self.root, self.paths[kept])
 
-# %% ../nbs/00_data.ipynb #66e5f815
+# %% ../nbs/00_data.ipynb #b0055cc3
 def _class_names(source, folder, names):
     "Names of class folders in the order of their labels; none may be empty."
     if not names: raise ValueError(f"{source}: the images of {folder} must lie in class folders, got none there")
@@ -221,23 +224,25 @@ def _ground_truth(place):
     ids = {int(row['ILSVRC2012_ID']): str(row['WNID']) for row in loadmat(meta, squeeze_me=True)['synsets']}
     return {i: ids[int(number)] for i, number in enumerate(file.read_text().split(), 1)}
 
+# %% ../nbs/00_data.ipynb #14fa51a5
 def _flat_classes(source, folder, paths):
     "Classes of images without class folders: ImageNet's validation images, by the numbers in their names."
     near = [place/inside for place in (folder, *list(folder.resolve().parents)[:3])
             for inside in ('', 'data', 'ILSVRC2012_devkit_t12/data')]
     truth = next(filter(None, map(_ground_truth, near)), None)
     if truth is None:
-        raise ValueError(f"{source}: the {len(paths)} images of {folder} lie in no class folders. Move them into folders named as "
-                         "those of train, or, if they are ImageNet's, put their ground truth beside them: LOC_val_solution.csv "
-                         "(Kaggle), imagenet_2012_validation_synset_labels.txt, or of the development kit both "
-                         "ILSVRC2012_validation_ground_truth.txt and meta.mat (its numbers are no labels: they count otherwise)")
+        raise ValueError(
+            f"{source}: the {len(paths)} images of {folder} lie in no class folders. Move them into folders named as those of "
+            "train, or, if they are ImageNet's, put their ground truth beside them: LOC_val_solution.csv (Kaggle), "
+            "imagenet_2012_validation_synset_labels.txt, or of the development kit both "
+            "ILSVRC2012_validation_ground_truth.txt and meta.mat (its numbers are no labels: they count otherwise)")
     numbers = [re.search(r'\d{8}', path) for path in paths]
     for path, number in zip(paths, numbers):
         if not number or int(number[0]) not in truth:
             raise ValueError(f"{source}: the ground truth does not say the class of {folder/path}")
     return [truth[int(number[0])] for number in numbers]
 
-# %% ../nbs/00_data.ipynb #5db15518
+# %% ../nbs/00_data.ipynb #ef4d4811
 def _class_folders(source, root, paths, split):
     "Rows, labels, number of classes, and whether the split has to be cut from the whole."
     tops = {path.split(os.sep)[0] for path in paths if os.sep in path}
@@ -247,7 +252,8 @@ def _class_folders(source, root, paths, split):
     splits = 'train' in tops and (held_out or tops == {'train'})
     below = lambda name: [path[len(name)+1:] for path in paths if path.startswith(name + os.sep)]
     train = below('train') if splits else paths
-    classes = _class_names(source, root/'train' if splits else root, {p.split(os.sep)[0] for p in train if os.sep in p})
+    names = {path.split(os.sep)[0] for path in train if os.sep in path}
+    classes = _class_names(source, root/'train' if splits else root, names)
     top = '' if not splits else held_out if split == 'validation' and held_out else 'train'
     root, paths = root/top, below(top) if top else paths
     names, flat = [path.split(os.sep)[0] for path in paths], [path for path in paths if os.sep not in path]
@@ -255,11 +261,12 @@ def _class_folders(source, root, paths, split):
     elif flat: raise ValueError(f"{source}: {root/flat[0]} must lie in a class folder, as others do")
     number = {name: i for i, name in enumerate(classes)}
     for path, name in zip(paths, names):
-        if name not in number: raise ValueError(f"{source}: {root/path} is of class {name!r}, which train does not have")
+        if name not in number:
+            raise ValueError(f"{source}: {root/path} is of class {name!r}, which train does not have")
     rows = FolderRows(root, np.array([os.fsencode(path) for path in paths]))
     return rows, np.array([number[name] for name in names]), len(classes), not (splits and held_out)
 
-# %% ../nbs/00_data.ipynb #a0d4bdc4
+# %% ../nbs/00_data.ipynb #a590a8c1
 SHARD_IMAGES, INDEX = ('jpg', 'jpeg', 'png', 'webp'), ('names', 'offsets', 'sizes', 'labels')
 
 def _members(path):
@@ -285,6 +292,7 @@ def _label(path, member, text):
     except (ValueError, StopIteration): pass
     raise ValueError(f"{path}: {member.name} must hold a label of 0 or more, got {text[:50]!r}")
 
+# %% ../nbs/00_data.ipynb #94acfa39
 def index_shard(
     path:str|Path, # a tar file
 )->dict:           # arrays: names (bytes), offsets, sizes and labels of the images in it
@@ -295,10 +303,12 @@ def index_shard(
         stem, _, kind = base.partition('.')
         key, kind = f'{folder}/{stem}', kind.lower()
         if kind in SHARD_IMAGES and stem:
-            if key in images: raise ValueError(f"{path}: {member.name} and {images[key].name} are two images of one key")
+            if key in images:
+                raise ValueError(f"{path}: {member.name} and {images[key].name} are two images of one key")
             images[key] = member
         elif kind in ('cls', 'json'): texts[key, kind] = member
-    if not images: raise ValueError(f"{path}: none of its {len(members)} members is an image ({', '.join(SHARD_IMAGES)})")
+    if not images:
+        raise ValueError(f"{path}: none of its {len(members)} members is an image ({', '.join(SHARD_IMAGES)})")
     with open(path, 'rb') as file:
         labels = []
         for key, image in images.items():
@@ -308,11 +318,11 @@ def index_shard(
     found = zip(*((os.fsencode(m.name), m.offset_data, m.size) for m in images.values()))
     return dict(zip(INDEX, (*map(np.array, found), np.array(labels))))
 
-# %% ../nbs/00_data.ipynb #4a67bcbc
+# %% ../nbs/00_data.ipynb #87e5aed1
 def _kept_index(path):
     "The index of a shard, from the cache folder or made now; kept for this size and time of the shard."
-    about, folder = os.stat(path), Path(os.getenv('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'tokpost', 'shards')
-    about = np.array([1, about.st_size, about.st_mtime_ns]) # 1: the form of the index
+    about, folder = os.stat(path), os.getenv('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    about, folder = np.array([1, about.st_size, about.st_mtime_ns]), Path(folder, 'tokpost', 'shards') # form 1
     kept = folder/f"{hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=12).hexdigest()}.npz"
     try:
         with np.load(kept) as found:
@@ -327,6 +337,7 @@ def _kept_index(path):
     except OSError as error: warnings.warn(f"the index of {path} could not be kept in {folder}: {error}")
     return index
 
+# %% ../nbs/00_data.ipynb #669c2c03
 class ShardRows:
     "Images in tar files, each one read away; processes share no position and no lock."
     def __init__(self,
@@ -335,7 +346,7 @@ class ShardRows:
     ):
         self.paths, self.files = [str(path) for path in paths], {}
         self.shards = np.repeat(np.arange(len(paths)), [len(part['labels']) for part in index])
-        self.names, self.offsets, self.sizes, self.labels = (np.concatenate([part[name] for part in index]) for name in INDEX)
+        for name in INDEX: setattr(self, name, np.concatenate([part[name] for part in index]))
 
     def path_of(self, i): return f'{self.paths[self.shards[i]]}:{os.fsdecode(self.names[i])}'
 
@@ -345,7 +356,8 @@ class ShardRows:
         if known is None: file = os.open(self.paths[shard], os.O_RDONLY)
         try: data = os.pread(file, size, int(self.offsets[i]))
         finally: # 200 files at most stay open
-            if known is None and (len(self.files) >= 200 or self.files.setdefault(shard, file) != file): os.close(file)
+            if known is None and (len(self.files) >= 200 or self.files.setdefault(shard, file) != file):
+                os.close(file)
         if len(data) < size: raise OSError(f"the shard ends {size-len(data)} bytes before the image does")
         return dict(bytes=data, path=self.path_of(i))
 
@@ -358,9 +370,9 @@ class ShardRows:
     def __del__(self, close=os.close):
         for file in self.__dict__.get('files', {}).values(): close(file)
 
-# %% ../nbs/00_data.ipynb #768492b8
+# %% ../nbs/00_data.ipynb #bae2cdde
 def _cores():
-    "Processor cores of this process: those of the machine that it may use, shared with the run's other processes there."
+    "Processor cores of this process: its share of those that the run's processes on this machine may use."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, cores//int(os.getenv('LOCAL_WORLD_SIZE', 1)))
 
@@ -373,13 +385,14 @@ def _shards(source, paths):
     if classes == 1000: # names that begin with a WordNet id tell the class, too
         said = {(found[0].decode(), int(label)): i for i, (name, label) in enumerate(zip(rows.names, rows.labels))
                 if (found := re.search(rb'n\d{8}', name))}
+        ids = _imagenet()[0]
         for (wordnet_id, label), i in sorted(said.items()):
-            if _imagenet()[0][label] != wordnet_id and wordnet_id in _imagenet()[0]:
-                raise ValueError(f"{source}: {rows.path_of(i)} has label {label}, but class {label} of ImageNet is {_imagenet()[0][label]}. "
-                                 "Labels must be in the order of sorted WordNet ids")
+            if ids[label] != wordnet_id and wordnet_id in ids:
+                raise ValueError(f"{source}: {rows.path_of(i)} has label {label}, but class {label} of ImageNet is "
+                                 f"{ids[label]}. Labels must be in the order of sorted WordNet ids")
     return rows, rows.labels, classes
 
-# %% ../nbs/00_data.ipynb #b65c3d9e
+# %% ../nbs/00_data.ipynb #d7c31c2f
 def _digits():
     from sklearn.datasets import load_digits
     found = load_digits()
@@ -387,11 +400,12 @@ def _digits():
     return [dict(bytes=None, path=f'digits/{i}', array=a) for i, a in enumerate(pixels)], found.target, 10
 
 def _table(source, split, files=None):
-    "Rows, labels, number of classes of Parquet files or a hub data set, and whether the split has to be cut from the whole."
+    "Rows, labels, number of classes of Parquet files or a hub data set, and whether the split has to be cut."
     import datasets
     datasets.disable_progress_bars()
     try:
-        if files: table, cut = datasets.load_dataset('parquet', data_files=[str(file) for file in files], split='train'), None
+        if files:
+            table, cut = datasets.load_dataset('parquet', data_files=list(map(str, files)), split='train'), None
         else:
             have = datasets.get_dataset_split_names(source)
             names = [name for name in SPLITS[split] if name in have]
@@ -400,7 +414,8 @@ def _table(source, split, files=None):
     except Exception as error: raise FileNotFoundError(f"{type(error).__name__}: {error}") from error
     kinds = table.features
     image = next((k for k, v in kinds.items() if isinstance(v, datasets.Image)), 'image')
-    label = next((k for k, v in kinds.items() if isinstance(v, datasets.ClassLabel)), 'cls' if 'cls' in kinds else 'label')
+    label = next((k for k, v in kinds.items() if isinstance(v, datasets.ClassLabel)), None)
+    label = label or ('cls' if 'cls' in kinds else 'label')
     for column in (image, label):
         if column not in kinds: raise ValueError(f"{source!r} has no column {column!r}, only {list(kinds)}")
     if isinstance(kinds[image], datasets.Image): table = table.cast_column(image, datasets.Image(decode=False))
@@ -410,7 +425,7 @@ def _table(source, split, files=None):
     table = table.select_columns([image])
     return table if image == 'image' else table.rename_column(image, 'image'), labels, classes, cut
 
-# %% ../nbs/00_data.ipynb #7188154b
+# %% ../nbs/00_data.ipynb #a4eff573
 def _from_folder(source, root, split):
     files = _files(root)
     in_folders = any(os.sep in path for path in files['images']) # shards may lie beside what was unpacked from them
@@ -423,9 +438,8 @@ def _from_folder(source, root, split):
 
 def _from_shards(source, root, paths, split):
     said = {path: _split_name(path) for path in paths}
-    if {'', *said.values()} > {''} and '' in said.values():
-        nameless = next(path for path, name in said.items() if not name)
-        raise ValueError(f"{source}: the name of the shard {nameless} must say its split, as others do: {set(said.values()) - {''}}")
+    nameless, named = (next((path for path in paths if bool(said[path]) == known), None) for known in (False, True))
+    if nameless and named: raise ValueError(f"{source}: the shard {nameless} must say its split, as {named} does")
     chosen, cut = _of_split(source, paths, split)
     return *_shards(source, [root/path for path in chosen]), cut
 
@@ -440,7 +454,7 @@ def _open(source, split):
     if isinstance(where, Path): return *_table(source, split, [where])[:3], True
     return _table(where, split)
 
-# %% ../nbs/00_data.ipynb #e8d1616a
+# %% ../nbs/00_data.ipynb #c545512f
 class Images:
     "A split of an image source, at one size."
     def __init__(self,
@@ -497,7 +511,7 @@ class Images:
         row = self.rows[i]
         row = row.get('image', row)
         if row.get('array') is not None: return Image.fromarray(row['array'])
-        return Image.open(io.BytesIO(row['bytes']) if row.get('bytes') else row['path'])
+        return Image.open(io.BytesIO(row['bytes'] if row.get('bytes') else Path(row['path']).read_bytes()))
 
     def _path(self, i):
         if hasattr(self.rows, 'path_of'): return self.rows.path_of(i)
@@ -507,7 +521,7 @@ class Images:
     def read(self,
         i:int,            # row number
         crop=square_crop, # (picture, image_size) -> (..., image_size, image_size, 3) uint8
-    )->Tensor:            # (..., 3, image_size, image_size) uint8; of the next readable row of its class if this one is not
+    )->Tensor:            # (..., 3, image_size, image_size) uint8; the next readable one of its class if it is not
         "Decode one image."
         image = self._try(i, crop)
         if image is not None: return image
@@ -522,12 +536,12 @@ class Images:
             pixels = crop(self._decode_raw(i), self.image_size)
             return torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            path = self._path(i)
+            path, error = self._path(i), 'not an image' if isinstance(error, UnidentifiedImageError) else error
             if path not in self.passed_over: self.passed_over.append(path)
             warnings.warn(f"{self.name}: passed over {path}: {error}")
             if len(self.passed_over) > self.allowed:
                 raise ValueError(f"{self.name}: {len(self.passed_over)} images could not be read, the "
-                                 f"limit is {self.allowed}; the last was {path}") from error
+                                 f"limit is {self.allowed}; the last was {path}: {error}")
 
     def _decode_all(self):
         bar = dict(desc=f'decoding {self.name}', leave=False, mininterval=.5, disable=len(self) < 5000)
@@ -545,9 +559,9 @@ class Images:
         text = f'{len(self)} {self.image_size}'.encode() + self.labels.numpy().tobytes()
         return hashlib.blake2b(text + to_pixels(self[some]).numpy().tobytes(), digest_size=6).hexdigest()
 
-# %% ../nbs/00_data.ipynb #85577b77
+# %% ../nbs/00_data.ipynb #9a7ad427
 def load_images(
-    source:str|list='digits', # 'digits', a path, a name under $TOKPOST_DATA, shards (`find_shards`), or a Hugging Face data set
+    source:str|list='digits', # 'digits', a path, a name under $TOKPOST_DATA, shards (`find_shards`), or a hub id
     split:str='train',    # 'train' | 'validation'
     image_size:int=16,    # pixels, side of the square
     memory:int=2**30,     # bytes; sets that fit are decoded once and kept
@@ -562,8 +576,8 @@ def load_images(
             "(absolute, or under $TOKPOST_DATA), a pattern such as 'train-{0000..1023}.tar', or a Hugging Face "
             "data set, which needs a network") from error
     if (labels < 0).any():
-        raise ValueError(f"{source}: labels must be in [0, {classes}), got {labels.min()} in row {labels.argmin()}; the labels of a "
-                         "test split are withheld, it can be used neither for training nor for validation")
+        raise ValueError(f"{source}: labels must be in [0, {classes}), got {labels.min()} in row {labels.argmin()}; the "
+                         "labels of a test split are withheld, it can be used neither for training nor for validation")
     if cut:
         order = np.random.default_rng(0).permutation(len(labels))
         held_out = len(labels)//5
@@ -573,7 +587,7 @@ def load_images(
     name = Path(source if isinstance(source, str) else source[0]).stem
     return Images(rows, labels, classes, image_size, name, memory)
 
-# %% ../nbs/00_data.ipynb #92a176e7
+# %% ../nbs/00_data.ipynb #bc00c604
 def draw_rows(
     count:int,      # number of rows to draw from
     batch_size:int, # rows per step, over all processes
@@ -596,22 +610,20 @@ def draw_rows(
         yield step, places[rank::world], rows[rank::world]
         step += 1
 
-# %% ../nbs/00_data.ipynb #6fb36b11
+# %% ../nbs/00_data.ipynb #4bebea99
 class _Batches(torch.utils.data.Dataset):
     "Whole batches of bytes; each random crop is a function of seed and place."
-    def __init__(self, images, crop, seed): self.images, self.crop, self.seed = images, crop, seed
+    def __init__(self, images, crop, seed):
+        self.images, self.crop, self.random, self.seed = images, crop or square_crop, crop is not None, seed
 
     def __getitem__(self, drawn):
         places, rows, mirrored = drawn
         size = self.images.image_size
         batch = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         for i, (place, row) in enumerate(zip(places.tolist(), rows.tolist())):
-            crop = square_crop
-            if self.crop:
-                rng = np.random.default_rng((self.seed, 1, place))
-                crop = lambda picture, size: self.crop(picture, size, rng)
-            image = self.images.read(row, crop)
-            batch[i] = image.flip(-1) if mirrored[i] else image
+            rng = np.random.default_rng((self.seed, 1, place)) if self.random else None
+            columns = slice(None, None, -1 if mirrored[i] else 1)
+            batch[i] = self.images.read(row, lambda picture, size: self.crop(picture, size, rng)[:, columns])
         return batch
 
 def _streamed(dataset, drawn, workers):
@@ -626,11 +638,12 @@ def image_batches(
     start:int=0,        # first step
     rank:int=0,         # of this process
     world:int=1,        # number of processes
-    augment:bool|str=False, # True: mirror at random, crop files larger than the size at random | 'crop': `coda_crop` alone
-    workers:int|None=None, # decoding processes; None: a process's share of the cores where files are decoded, else none
+    augment:bool|str=False, # True: mirror, and crop files larger than the size | 'crop': these by `coda_crop` alone
+    workers:int|None=None, # decoding processes; None: this process's share of the cores, none where all is in memory
 )->Iterator:            # endless; images (batch_size/world, 3, H, W) in [-1, 1], labels (batch_size/world,)
     "Training batches that are a function of seed and step."
-    if augment not in (False, True, 'crop'): raise ValueError(f"augment must be False, True or 'crop', got {augment!r}")
+    if augment not in (False, True, 'crop'):
+        raise ValueError(f"augment must be False, True or 'crop', got {augment!r}")
     crop = {True: square_crop, 'crop': coda_crop}.get(augment) if images.crops else None
     stream = images.pixels is None or crop is not None
     def drawn():
@@ -657,7 +670,7 @@ def eval_batches(
     parts = np.array_split(np.arange(count), range(batch_size, count, batch_size))
     for rows in parts[rank::world]: yield images[rows], images.labels[rows]
 
-# %% ../nbs/00_data.ipynb #13311847
+# %% ../nbs/00_data.ipynb #4f2646b2
 class _Store:
     "Rows of one array with their labels, memory-mapped."
     kind = 'token store'
@@ -706,7 +719,7 @@ class LatentStore(_Store):
         "Latents by row number."
         return torch.from_numpy(np.array(self.rows[rows]))
 
-# %% ../nbs/00_data.ipynb #031a9d4e
+# %% ../nbs/00_data.ipynb #50fad5bf
 def _make_store(kind, folder, make, labels, shape, codebook_size, made_by, sources, batch_size, rank, world, wait, name):
     "Open a store; make what is missing of it."
     folder, count, shape = Path(folder), len(labels), tuple(shape)
@@ -791,7 +804,7 @@ def make_latent_store(
     return _make_store(LatentStore, folder, make, labels, shape, None, made_by, sources, batch_size, rank,
                        world, wait, name)
 
-# %% ../nbs/00_data.ipynb #4065701d
+# %% ../nbs/00_data.ipynb #f2d8e676
 def _whole(store, count, shape, codebook_size):
     found, needed = (*store.rows.shape, store.codebook_size), (count, *shape, codebook_size)
     if found == needed: return store

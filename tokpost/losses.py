@@ -228,7 +228,7 @@ class Adversary(nn.Module):
         means = here.sum(torch.stack([real, fake]).detach())/here.world
         self.logit_means.lerp_(means, 1-self.lecam_decay)
 
-# %% ../nbs/01_losses.ipynb #65ff9c54
+# %% ../nbs/01_losses.ipynb #44f7aefc
 @dataclass
 class Outputs:
     "What a forward pass leaves for the losses."
@@ -241,6 +241,7 @@ class Outputs:
     def __post_init__(self):
         if self.judged is None: self.judged = self.reconstruction
 
+# %% ../nbs/01_losses.ipynb #fc4977a2
 def _look(out, images, image_loss, adversary, last_layer):
     "What to log, what each loss asks of its images, and how that pulls at the last layer."
     leaf = out.reconstruction.detach().float().requires_grad_()
@@ -272,7 +273,7 @@ def _send(out, gradients, weight, share, joint=()):
     if out.other is not None: rest.append((out.other, share*torch.ones_like(out.other)))
     torch.autograd.backward(*zip(*sent, *((output, gradient) for output, gradient in rest if output.requires_grad)))
 
-# %% ../nbs/01_losses.ipynb #74b2b7df
+# %% ../nbs/01_losses.ipynb #1e6a3a01
 def backward(
     reconstruction:Tensor, # (B, 3, H, W) with its graph
     images:Tensor,         # (B, 3, H, W) in [-1, 1], what it should be
@@ -291,7 +292,7 @@ def backward(
     _send(out, gradients, weight, share)
     return log | measured
 
-# %% ../nbs/01_losses.ipynb #f27cb823
+# %% ../nbs/01_losses.ipynb #ccd968a3
 def accumulate_gradients(
     forward:Callable,      # slice of the batch -> its `Outputs`
     images:Tensor,         # (B, 3, H, W) in [-1, 1], the batch of this process
@@ -310,12 +311,13 @@ def accumulate_gradients(
     if len(parts) > 1 and tied: return _two_runs(forward, images, parts, ramp, joint_loss, moving, losses)
     for rows, share in parts:
         out = forward(rows)
-        if joint_loss is not None: out.other = out.other + joint_loss(*out.joint)
+        if joint_loss is not None: out.other = joint_loss(*out.joint) + (0. if out.other is None else out.other)
         log.add(share, **out.log, **backward(out.reconstruction, images[rows], other=out.other, judged=out.judged,
                                              ramp=ramp, share=share, **losses))
         judged.append(out.judged.detach())
     return log, torch.cat(judged)
 
+# %% ../nbs/01_losses.ipynb #ac20c088
 def _two_runs(forward, images, parts, ramp, joint_loss, moving, losses):
     log, seeds = Means(), torch.randint(2**62, (len(parts),)).tolist()
     state = {} if moving is None else {name: value.clone() for name, value in moving.state_dict().items()}
@@ -338,7 +340,7 @@ def _two_runs(forward, images, parts, ramp, joint_loss, moving, losses):
     log.update(measured)
     return log, torch.cat(judged)
 
-# %% ../nbs/01_losses.ipynb #335df136
+# %% ../nbs/01_losses.ipynb #500bdaa9
 def train_discriminator(
     adversary:Adversary,   # its discriminator is trained
     images:Tensor,         # (B, 3, H, W) real
@@ -362,7 +364,7 @@ def train_discriminator(
     optimizer.step()
     return log['loss']
 
-# %% ../nbs/01_losses.ipynb #16500387
+# %% ../nbs/01_losses.ipynb #600e18de
 def build_adversary(
     kind:str|None='patch', # 'patch' | 'dino' | None: off
     image_size:int=256,    # pixels
@@ -391,7 +393,7 @@ def named_adversary(
     options = {key: value for key, value in losses.items() if key not in ('adversary', 'semantic', 'perceptual')}
     return build_adversary(losses.get('adversary'), image_size, seed=seed, **defaults | options)
 
-# %% ../nbs/01_losses.ipynb #a9bc32ee
+# %% ../nbs/01_losses.ipynb #4287673b
 def semantic_loss(
     tokens:Tensor,      # (B, D) mean quantized token of each image
     semantics:Tensor,   # (B, D) class feature of each image, projected to D

@@ -25,7 +25,7 @@ from .run import EMA, Loop, Processes, Run, claim, ema_decay, fold, generator as
 from .tokenizer import main_trained
 from .tokens import generated_tokens, tokenize
 
-# %% ../nbs/05_post_train.ipynb #79d5895d
+# %% ../nbs/05_post_train.ipynb #a4696d4a
 FAMILIES = 'autoregressive', 'masked', 'diffusion'
 
 @dataclass
@@ -47,7 +47,7 @@ def trained_system(
     if family == 'autoregressive': tokenizer, adversary, name = main_trained(run, evaluation)
     else: tokenizer, adversary, name = trained_autoencoder(run, evaluation)
     if family == 'masked': tokenizer, adversary, name = trained_coda(run, evaluation, tokenizer, name)
-    store, classes = tokenize(run, tokenizer, evaluation.train, name), evaluation.train.num_classes
+    store, classes = tokenize(run, tokenizer, evaluation.train, name, run.size['crops'][family]), evaluation.train.num_classes
     if family == 'autoregressive': generator, made_by = trained_generator(run, store, classes)
     elif family == 'masked': generator, made_by = trained_masked(run, store, classes, tokenizer.sides, tokenizer.codebook)
     else: generator, made_by = trained_diffusion(run, store, classes)

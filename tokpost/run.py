@@ -494,7 +494,7 @@ PRESETS['small'] = dict(
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
     sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #fdf7aca7
+# %% ../nbs/00_run.ipynb #2c3ebc3f
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
@@ -511,7 +511,7 @@ PRESETS['full'] = dict(
     autoencoder=dict(pretrained='mar-kl16'), autoencoder_training=dict(steps=1_500_000, batch_size=64, lr=4.5e-6),
     coda=dict(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), codebook_size=65_536, attention_dim=32),
     coda_quantizer_training=dict(steps=20_000, batch_size=256, lr=5e-3),
-    coda_training=dict(steps=50_050, batch_size=256, lr=5e-4, rank=32, posterior='sample', augment=True),
+    coda_training=dict(steps=50_050, batch_size=256, lr=5e-4, rank=32, posterior='sample', augment='crop'),
     masked=dict(width=768, depth=25, heads=8, tied=True),
     masked_training=dict(steps=500_000, batch_size=2048, lr=4e-4, warmup=5000),
     masked_sampling=dict(steps=32, guidance_scale=3.),
@@ -593,7 +593,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #029640a1
+# %% ../nbs/00_run.ipynb #a9d4c63b
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -622,6 +622,15 @@ class Run:
         folder = self.root/'runs'/self.preset.split('+')[0]/f'{stage}-{fingerprint(**config)}'
         self.stages[folder.name] = folder
         return folder
+
+    def scores(self,
+        folder:Path,   # of `folder`
+        make:Callable, # () -> dict of numbers and strings; all processes compute it together
+    )->dict:           # what `make` returned, now or earlier
+        "Keep a row of a table, and the names of the stages that it comes from for the record."
+        row = cached(folder/'scores.safetensors', lambda: dict(make(), stages=list(self.stages)), together=True)
+        self.stages.update({name: folder.with_name(name) for name in row.pop('stages', ())})
+        return row
 
     def record(self)->dict: # JSON-ready
         "Where a result came from: preset, sizes, seed, commit, versions, device, time, memory."

@@ -93,24 +93,25 @@ def draw_seed(
     device = 'cpu' if generator is None else generator.device
     return torch.randint(2**62, (), generator=generator, device=device).item()
 
-# %% ../nbs/02_sampling.ipynb #455e0351
+# %% ../nbs/02_sampling.ipynb #05a120e3
 class PackedLinear(nn.Module):
     "A linear layer for reading: in autocast's precision, and on a CPU in oneDNN's order."
+    smallest = 2**15 # weights worth packing
     def __init__(self,
-        linear:nn.Linear, # later changes of its weights are not followed
+        linear:nn.Linear, # read now; later changes of its weights may be missed
     ):
         super().__init__()
         weight, device = linear.weight.detach(), linear.weight.device
         if torch.is_autocast_enabled(device.type): weight = weight.to(torch.get_autocast_dtype(device.type))
         self.weight = weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
-        self.packed = (device.type == 'cpu' and torch.backends.mkldnn.is_available() and weight.numel() > 0 and
+        self.packed = (device.type == 'cpu' and torch.backends.mkldnn.is_available() and weight.numel() >= self.smallest and
             (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16(device)))
         if self.packed: self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def forward(self, x):
         x = x.to(self.weight.dtype)
-        if not self.packed or not x.numel(): return F.linear(x, self.weight, self.bias)
+        if not self.packed: return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 def pack_weights(

@@ -171,7 +171,7 @@ def test_modulations_once_per_class(tokens):
     model, rows = random_model(), []
     labels = torch.tensor([3, C, 1, 3, C, C])
     condition = model.inputs.condition
-    model.inputs.condition = lambda classes, start, stop: rows.append((classes.tolist(), start)) or condition(classes, start, stop)
+    model.inputs.condition = lambda *args: rows.append((args[0].tolist(), args[1])) or condition(*args)
     logits, _ = decoded(model, tokens, labels, span=6)
     assert rows == [([1, 3, C], 0), ([1, 3, C], 6), ([1, 3, C], 12)]
     del model.inputs.condition
@@ -192,7 +192,7 @@ def test_every_step_is_the_same_graph(tokens, labels):
     assert (logits-expected).abs().max() <= 1e-5*expected.abs().max()
 
 class Tape(TorchDispatchMode):
-    "What a CUDA graph does, on a CPU: keeps operations and their memory; recording leaves no trace, replaying repeats it."
+    "What a CUDA graph does, on a CPU: recording leaves no trace, replaying repeats it in the same memory."
     def __init__(self):
         super().__init__()
         self.operations, self.before = [], []
@@ -509,6 +509,12 @@ def test_same_tokens_without_onednn(labels, monkeypatch):
     expected = model.sample(labels, generator=rng(), **EVERYTHING)
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     assert torch.equal(model.sample(labels, generator=rng(), **EVERYTHING), expected)
+
+def test_packed_once_for_many_calls(labels):
+    model = random_model()
+    packed = pack_weights(model)
+    assert pack_weights(packed).head.linear.weight is packed.head.linear.weight
+    assert torch.equal(packed.sample(labels, generator=rng(), **EVERYTHING), model.sample(labels, generator=rng(), **EVERYTHING))
 
 def test_weights_may_change_between_two_calls(labels):
     model = random_model()

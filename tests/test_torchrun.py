@@ -214,6 +214,7 @@ def two(tmp_path_factory):
 
 def test_processes_that_lose_each_other_say_so(two):
     folder, done = two
+    assert done.returncode != 0
     assert sorted(path.name for path in folder.glob('*.passed')) == [
         'folders_apart.0.passed', 'folders_apart.1.passed', 'peer_is_late.0.passed', 'result_unseen.0.passed',
         'result_unseen.1.passed'], done.stdout[-4000:]
@@ -307,3 +308,4 @@ if __name__ == '__main__':
     for check in (folders_apart, result_unseen, peer_is_late):
         check(here, folder)
         (folder/f'{check.__name__}.{here.rank}.passed').touch()
+    sys.exit(1)                                              # which ends the other, as an error does

@@ -56,17 +56,18 @@ def to_pixels(
     "Images to bytes (RobusTok: clip(127.5x+128), rounded down)."
     return (127.5*images.float()+128).clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/00_data.ipynb #52ed3e26
+# %% ../nbs/00_data.ipynb #1c957a3e
 def ten_crops(
     image:Image.Image, # any mode and size
     image_size:int,    # pixels, side of a crop
 )->np.ndarray:         # (10, image_size, image_size, 3) uint8
     "Corners and centre at 1.1 times the size, then those of the mirror image (LlamaGen, RAR)."
     side = int(1.1*image_size)
-    square, far = square_crop(image, side), side-image_size
+    square, far = np.ascontiguousarray(square_crop(image, side).transpose(2, 0, 1)), side-image_size
     places = [(0, 0), (0, far), (far, 0), (far, far), (round(far/2), round(far/2))]
-    return np.stack([pixels[top:top+image_size, left:left+image_size]
-                     for pixels in (square, square[:, ::-1]) for top, left in places])
+    crops = np.stack([pixels[:, top:top+image_size, left:left+image_size]
+                      for pixels in (square, square[..., ::-1].copy()) for top, left in places]) # (10, 3, H, W)
+    return np.moveaxis(crops, 1, -1)
 
 def coda_crop(
     image:Image.Image, # any mode and size
@@ -454,7 +455,7 @@ def _open(source, split):
     if isinstance(where, Path): return *_table(source, split, [where])[:3], True
     return _table(where, split)
 
-# %% ../nbs/00_data.ipynb #c545512f
+# %% ../nbs/00_data.ipynb #17afb537
 class Images:
     "A split of an image source, at one size."
     def __init__(self,
@@ -534,7 +535,7 @@ class Images:
     def _try(self, i, crop=square_crop):
         try:
             pixels = crop(self._decode_raw(i), self.image_size)
-            return torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             path, error = self._path(i), 'not an image' if isinstance(error, UnidentifiedImageError) else error
             if path not in self.passed_over: self.passed_over.append(path)

@@ -8,7 +8,7 @@ __all__ = ['METRIC_SEED', 'LOSS_SEED', 'REFERENCES', 'trained_classifier', 'feat
            'decode_bytes', 'ReferenceFile', 'fetch_file', 'Reference', 'find_reference', 'load_reference', 'Evaluation',
            'generation_scores', 'reconstruction_scores']
 
-# %% ../nbs/01_evaluate.ipynb #348a5ae2
+# %% ../nbs/01_evaluate.ipynb #18a3597a
 import math, os, shutil, urllib.request, zipfile
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,7 +24,7 @@ from .data import LatentStore, eval_batches, load_images, make_latent_store, to_
 from .metrics import (Classifier, ClassifierFeatures, FeatureNetwork, FrechetStatistics,
     PerceptualDistance, codebook_usage, frechet_distance, inception_score, load_feature_network, load_lpips,
     perplexity, precision_recall, psnr, ssim, train_classifier)
-from .run import Processes, Run, cached, load_state, project_root, save_state
+from .run import Processes, Run, cached, claim, load_state, project_root, save_state
 
 # %% ../nbs/01_evaluate.ipynb #609909db
 METRIC_SEED, LOSS_SEED = 0, 1
@@ -266,7 +266,7 @@ def load_reference(
     return Reference(name, FrechetStatistics.from_state(state), lambda rows: to_images(pixels(rows)), row.images,
                      dict(reference=name, bytes=path.stat().st_size))
 
-# %% ../nbs/01_evaluate.ipynb #946e85bf
+# %% ../nbs/01_evaluate.ipynb #937184ef
 class Evaluation:
     "The ruler of a preset: images, feature network, reference."
     def __init__(self,
@@ -301,8 +301,9 @@ class Evaluation:
             bar = tqdm(self.batches(split), desc=f'{split} statistics', leave=False, mininterval=.5,
                        disable=not self.run.here.is_main)
             return feature_statistics((batch for batch, _ in bar), self.network, partial).state()
-        state = cached(folder/'statistics.safetensors', make, together=True)
-        forget_partial(partial)
+        with claim(folder/'.lock', self.run.here):
+            state = cached(folder/'statistics.safetensors', make, together=True)
+            forget_partial(partial)
         return FrechetStatistics.from_state(state)
 
     def reference(self,
@@ -331,8 +332,9 @@ class Evaluation:
         here, about = self.run.here, dict(made_by, features_fingerprint=self.network.fingerprint)
         folder = self.run.folder('features', seed=self.run.seed if seed is None else seed, **about)/'features'
         make = lambda rows: self.network(images_fn(rows))
-        return make_latent_store(folder, make, labels, (self.network.dim,), about, batch_size=self.batch_size,
-                                 rank=here.rank, world=here.world, wait=here.wait, name=name)
+        with claim(folder.with_name('.lock'), here):
+            return make_latent_store(folder, make, labels, (self.network.dim,), about, batch_size=self.batch_size,
+                                     rank=here.rank, world=here.world, wait=here.wait, name=name)
 
     def generated_features(self,
         decode:Callable, # indices -> images in [-1, 1]

@@ -213,7 +213,7 @@ def _coda(autoencoder, coda, training, rank):
     if rank: inject_lora(autoencoder, match or inner_convolutions(autoencoder.encoder, autoencoder.decoder), rank)
     return CODA(autoencoder, quantizer)
 
-# %% ../nbs/06_plan.ipynb #0e2879f1
+# %% ../nbs/06_plan.ipynb #1eebb2d6
 def _empty(*shape): return torch.empty(*shape, device='meta')
 def _zeros(*shape, dtype=torch.long): return torch.zeros(*shape, dtype=dtype, device='meta')
 
@@ -228,15 +228,28 @@ class Codec:
             if family == 'autoregressive': module, self.autoencoder = _tokenizer(size), None
             else: module = self.autoencoder = _autoencoder(**size['autoencoder'])
             if family == 'masked': module = _coda(module, size['coda'], size['coda_training'], rank)
-        self.module, self.side, self.bf16 = module.train(), size['image_size'], size['precision'] != 'fp32'
+        self.module, self.side, self.bf16 = module, size['image_size'], size['precision'] != 'fp32'
         self.quantizer, self.decoder = getattr(module, 'quantizer', None), module.decoder
-        if self.quantizer is not None: self.quantizer.eval()
+        self.learned = [p for p in module.parameters() if p.requires_grad]
+        self.learn()
         channels = self.quantizer.code_dim if self.autoencoder is None else self.autoencoder.latent_channels
         factor = self.autoencoder.factor if self.autoencoder is not None else math.prod(
             m.stride[0] for m in module.encoder.modules() if isinstance(m, nn.Conv2d))
         self.latent_shape = channels, self.side//factor, self.side//factor
         self.codebook_size = getattr(module, 'codebook_size', None)
         self.num_tokens = getattr(self.quantizer, 'num_tokens', math.prod(self.latent_shape[1:]))
+
+    def learn(self)->nn.Module: # what is trained has `requires_grad`; the quantizer looks at no values
+        "In the mode of training."
+        self.module.train().requires_grad_(False)
+        for p in self.learned: p.requires_grad_(True)
+        if self.quantizer is not None: self.quantizer.eval()
+        return self.module
+
+    def learn_decoder(self)->nn.Module: # the decoder, whole
+        "In the mode of post-training."
+        self.module.requires_grad_(False)
+        return self.decoder.requires_grad_(True)
 
     def images(self, batch): return _empty(batch, 3, self.side, self.side)
 
@@ -261,7 +274,7 @@ class Codec:
         code = 4*self.latent_shape[0] if self.codebook_size is None else 2 if self.codebook_size <= 2**16 else 4
         return dict(num_tokens=self.num_tokens, codebook_size=self.codebook_size, row_bytes=code*self.num_tokens + 16)
 
-# %% ../nbs/06_plan.ipynb #11c48058
+# %% ../nbs/06_plan.ipynb #783abf7a
 @dataclass
 class Judges:
     "The losses of a preset on the meta device."
@@ -278,7 +291,6 @@ def build_judges(
     size:dict,         # of `preset_sizes`
     classes:int,       # of the data, for a classifier
     semantic:bool=False, # with the teacher, where the preset has one
-    l1_weight:float=0.,  # of the image loss
     **options,         # of `Adversary`
 )->Judges:             # in the modes of training
     "Perceptual loss, adversary and teacher of a preset, without their weights."
@@ -293,7 +305,7 @@ def build_judges(
         else: adversary = build_adversary(kind, size['image_size'], **options)
         teacher = SemanticTeacher(size['tokenizer']['code_dim'], size['image_size'],
                                   pretrained=False) if semantic and has_teacher else None
-    judges = Judges(ImageLoss(distance, l1_weight=l1_weight), adversary, teacher)
+    judges = Judges(ImageLoss(distance), adversary, teacher)
     for module in judges.modules: module.train()
     return judges
 
@@ -480,10 +492,15 @@ def making_step(
                 with meter.part('decode', decodes): codec.decode(batch)
     return step
 
-# %% ../nbs/06_plan.ipynb #83cf0781
+# %% ../nbs/06_plan.ipynb #6bf957e5
 SOURCES = {'ILSVRC/imagenet-1k': (1_281_167, 1000), # training images and classes: Russakovsky et al. 2015
            'tiny-imagenet': (100_000, 200),         # Le and Yang 2015
            'digits': (1438, 10)}                    # scikit-learn's, without the fifth that is held out
+
+CODEC_KEYS = dict(autoregressive=('tokenizer',), masked=('autoencoder', 'coda', 'coda_training'),
+                  diffusion=('autoencoder',))
+GENERATOR_KEYS = dict(autoregressive=('generator', 'sampling'), masked=('masked', 'masked_sampling'),
+                      diffusion=('diffusion', 'diffusion_sampling'))
 
 def _remembered(cost_fn):
     "Count once what has the same sizes."
@@ -497,15 +514,26 @@ def _remembered(cost_fn):
 
 def _only(size, *keys):
     "The part of a preset that a cost depends on; of CODA's training the adapters."
-    adapters = {key: value for key, value in size['coda_training'].items() if key in ('rank', 'match')}
-    return {key: adapters if key == 'coda_training' else size[key] for key in ('image_size', 'precision', *keys)}
+    adapted = {key: value for key, value in size.get('coda_training', {}).items() if key in ('rank', 'match')}
+    return {key: adapted if key == 'coda_training' else size[key] for key in ('image_size', 'precision', *keys)}
+
+@_remembered
+def _built(family, size, rank): return Codec(family, size, rank)
+
+def _codec(family, size, rank=None):
+    codec = _built(family=family, size=_only(size, *CODEC_KEYS[family]), rank=rank)
+    codec.learn()
+    return codec
+
+@_remembered
+def _judges(size, classes, semantic, **options): return build_judges(size, classes, semantic, **options)
 
 @_remembered
 def _image_cost(family, stage, size, classes):
-    codec, whole = Codec(family, size), stage != 'post-training'
+    codec, whole, semantic = _codec(family, size), stage != 'post-training', stage == 'main training'
     options = dict(weight=1., lecam_weight=0., augment=False) if family == 'masked' else {} # of `trained_coda`
-    judges = build_judges(size, classes, stage == 'main training', .2*(stage == 'adaptation'), **options)
-    learned = codec.module if whole else _only_decoder(codec)
+    judges = _judges(size=_only(size, 'losses', *['tokenizer'][:semantic]), classes=classes, semantic=semantic, **options)
+    learned = codec.module if whole else codec.learn_decoder()
     if stage == 'adaptation':
         learned = nn.ModuleDict(dict(quantizer=codec.quantizer, adapters=adapters(codec.autoencoder)))
     with metered():
@@ -514,26 +542,22 @@ def _image_cost(family, stage, size, classes):
     saved = [learned, judges.adversary, judges.teacher.project if judges.teacher else None]
     return measure(step, modules, codec.bf16, saved, learned, about=codec.about())
 
-def _only_decoder(codec):
-    codec.module.requires_grad_(False)
-    return codec.decoder.requires_grad_(True)
-
 @_remembered
 def _quantizer_cost(size):
-    codec = Codec('masked', size, rank=0)
+    codec = _codec('masked', size, rank=0)
     quantizer = codec.quantizer
     return measure(quantizer_step(codec), [quantizer], False, [quantizer], quantizer, about=codec.about())
 
 @_remembered
 def _generator_cost(family, size, classes, mask_ratio='beta'):
-    codec = Codec(family, size)
+    codec = _codec(family, size)
     model = build_generator(family, codec, size, classes)
     step, averaged = generator_step(family, model, mask_ratio), None if family == 'autoregressive' else model
     return measure(step, [model], codec.bf16, [model], averaged, about=codec.about())
 
 @_remembered
 def _making_cost(family, size, classes, sampled=False, encodes=0, decodes=0, sigma=0.):
-    codec, model, facts = Codec(family, size), None, {}
+    codec, model, facts = _codec(family, size), None, {}
     sampling = size.get('sampling' if family == 'autoregressive' else f'{family}_sampling')
     if sampled: model = build_generator(family, codec, size, classes)
     modules = [m.eval().requires_grad_(False) for m in (codec.module, model) if m is not None]
@@ -572,12 +596,7 @@ class Stage:
         "Tokens or latents, labels, and numbers of the source images."
         return 0 if self.steps else self.samples*self.cost.about['row_bytes']
 
-# %% ../nbs/06_plan.ipynb #75bfbcca
-CODEC_KEYS = dict(autoregressive=('tokenizer',), masked=('autoencoder', 'coda', 'coda_training'),
-                  diffusion=('autoencoder',))
-GENERATOR_KEYS = dict(autoregressive=('generator', 'sampling'), masked=('masked', 'masked_sampling'),
-                      diffusion=('diffusion', 'diffusion_sampling'))
-
+# %% ../nbs/06_plan.ipynb #cf90633b
 def _learn(family, name, after, cost, training, rows, start=0.):
     steps, batch_size = training['steps'], training['batch_size']
     late = {'discriminator': 1-start} # the first steps of main training are without

@@ -93,7 +93,7 @@ def draw_seed(
     device = 'cpu' if generator is None else generator.device
     return torch.randint(2**62, (), generator=generator, device=device).item()
 
-# %% ../nbs/02_sampling.ipynb #05a120e3
+# %% ../nbs/02_sampling.ipynb #31908650
 class PackedLinear(nn.Module):
     "A linear layer for reading: in autocast's precision, and on a CPU in oneDNN's order."
     smallest = 2**15 # weights worth packing
@@ -102,11 +102,13 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         weight, device = linear.weight.detach(), linear.weight.device
-        if torch.is_autocast_enabled(device.type): weight = weight.to(torch.get_autocast_dtype(device.type))
+        if torch.is_autocast_enabled(device.type):
+            weight = weight.to(torch.get_autocast_dtype(device.type))
         self.weight = weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
-        self.packed = (device.type == 'cpu' and torch.backends.mkldnn.is_available() and weight.numel() >= self.smallest and
-            (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16(device)))
+        there = device.type == 'cpu' and torch.backends.mkldnn.is_available()
+        fit = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16(device)
+        self.packed = there and fit and weight.numel() >= self.smallest
         if self.packed: self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def forward(self, x):

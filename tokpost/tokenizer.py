@@ -177,7 +177,7 @@ class SemanticTeacher(FrozenViT):
         with torch.no_grad(): tokens = self.network.forward_features(self.normalize(images))
         return self.project(tokens[:, 0])
 
-# %% ../nbs/03_tokenizer.ipynb #1c56ef4e
+# %% ../nbs/03_tokenizer.ipynb #5fdd7d41
 def train_tokenizer(
     tokenizer:Tokenizer,     # trained in place; ends with its averaged weights
     images:Images,           # training split
@@ -238,8 +238,8 @@ def train_tokenizer(
                                                          **strength, indices=indices, ranks=ranks[rows])
                 return Outputs(tokenizer.decode_codes(z_q), sum(losses.values()), joint=joint)
         optimizer.zero_grad()
-        log, fake = accumulate_gradients(forward, batch, image_loss, active, tokenizer.last_layer, joint_loss=compare if teacher else None,
-                                         moving=tokenizer.quantizer, micro_batch_size=micro_batch_size)
+        log, fake = accumulate_gradients(forward, batch, image_loss, active, tokenizer.last_layer, moving=tokenizer.quantizer,
+                                         joint_loss=compare if teacher else None, micro_batch_size=micro_batch_size)
         here.mean_gradients(weights)
         if clip: nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()

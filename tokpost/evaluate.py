@@ -66,7 +66,7 @@ def perceptual_distance(
     if name == 'lpips': return load_lpips('vgg', run.size['losses'].get('pretrained', True), run.here.device)
     return PerceptualDistance(trained_classifier(run, images, LOSS_SEED))
 
-# %% ../nbs/01_evaluate.ipynb #ad2ded09
+# %% ../nbs/01_evaluate.ipynb #fefef18a
 def merge_over_processes(
     statistics:FrechetStatistics, # of this process
 )->FrechetStatistics:             # of all
@@ -94,13 +94,14 @@ def gather_statistics(
     path = Path(folder)/_partial(here) if folder else None
     if path and path.exists():
         kept = load_state(path)
-        done, states = kept['batches'], kept['statistics']
-        seen = [FrechetStatistics.from_state({k: v.to(device) for k, v in s.items()}) for s in states]
+        if kept['names'] == list(map(str, names)): # else they are of something else
+            done, states = kept['batches'], kept['statistics']
+            seen = [FrechetStatistics.from_state({k: v.to(device) for k, v in s.items()}) for s in states]
     for number, batch in enumerate(islice(batches, done, None), done+1):
         features = features_fn(batch)
         for name, statistics in zip(names, seen): statistics.update(features[name])
         if path and number % every == 0:
-            save_state(path, dict(batches=number, statistics=[s.state() for s in seen]))
+            save_state(path, dict(names=list(map(str, names)), batches=number, statistics=[s.state() for s in seen]))
     return dict(zip(names, map(merge_over_processes, seen)))
 
 def _partial(here): return f'partial-{here.rank}-of-{here.world}.safetensors'
@@ -158,7 +159,7 @@ REFERENCES = {row.name: row for row in (
     ReferenceFile('adm-imagenet-256', f'{_ADM}256/VIRTUAL_imagenet256_labeled.npz', 'inception', 2048, 2023,
                   256, 10_000, 1_281_167),)}
 
-# %% ../nbs/01_evaluate.ipynb #110ac098
+# %% ../nbs/01_evaluate.ipynb #8dd4cec7
 def fetch_file(
     url:str,         # http or https
     path:str|Path,   # where the file will be
@@ -177,8 +178,10 @@ def fetch_file(
         return fetch_file(url, path, timeout)
     with answer, open(part, 'ab' if answer.status == 206 else 'wb') as file:
         length = answer.headers['Content-Length']
-        total = file.tell() + int(length) if length else None
-        bar = tqdm(initial=file.tell(), total=total, desc=path.name, unit='B', unit_scale=True, leave=False)
+        begun = file.tell()
+        if answer.status == 206 and begun != start: raise OSError(f'{part} grew meanwhile: another job fetches it')
+        total = begun + int(length) if length else None
+        bar = tqdm(initial=begun, total=total, desc=path.name, unit='B', unit_scale=True, leave=False)
         with bar:
             while piece := answer.read(2**20): bar.update(file.write(piece))
     found = part.stat().st_size
@@ -186,22 +189,23 @@ def fetch_file(
     os.replace(part, path)
     return path
 
-# %% ../nbs/01_evaluate.ipynb #c5b4f9a1
+# %% ../nbs/01_evaluate.ipynb #e8c3c294
 def _fetch_together(url, path):
     "Download on the main process what is missing; what went wrong, if anything did."
     here, failures = Processes(), []
     def fetch():
         try: fetch_file(url, path)
         except (OSError, HTTPException) as error: failures.append(error)
-    thread = Thread(target=fetch, daemon=True)
-    if here.is_main and not path.exists(): thread.start()
-    busy = True
-    while busy:
-        if thread.is_alive(): thread.join(5)
-        busy = here.sum(torch.tensor(float(thread.is_alive()), device=here.device)).item() > 0
+    anywhere = lambda yes: here.sum(torch.tensor(float(yes), device=here.device)).item() > 0
+    if not anywhere(not path.exists()): return None
+    with claim(path.with_name(f'.{path.name}.lock'), here):  # of two jobs one fetches
+        thread = Thread(target=fetch, daemon=True)
+        if here.is_main and not path.exists(): thread.start()
+        while anywhere(thread.is_alive()):
+            if thread.is_alive(): thread.join(5)
     return failures[0] if failures else None
 
-# %% ../nbs/01_evaluate.ipynb #28e8e635
+# %% ../nbs/01_evaluate.ipynb #6c69a5a1
 def _stored_array(path, key):
     "An array of an .npz file as a memory map, where it lies there uncompressed."
     with zipfile.ZipFile(path) as archive: info = archive.getinfo(f'{key}.npy')
@@ -222,7 +226,8 @@ def _check_reference(row, path):
     shapes = dict(mu=(F,), sigma=(F, F), mu_s=(S,), sigma_s=(S, S), arr_0=(row.images, H, H, 3))
     names = [name.removesuffix('.npy') for name in zipfile.ZipFile(path).namelist()]
     if missing := [key for key in shapes if key not in names]: refuse(f'it has no {missing[0]}, only {names}')
-    arrays = {key: _stored_array(path, key) for key in shapes}
+    try: arrays = {key: _stored_array(path, key) for key in shapes}
+    except ValueError as error: refuse(f'its arrays cannot be read ({error})')
     for key, shape in shapes.items():
         if arrays[key].shape != shape: refuse(f'{key} must have shape {shape}, got {arrays[key].shape}')
         if key == 'arr_0':
@@ -384,7 +389,7 @@ def generation_scores(
     scores['precision'], scores['recall'] = precision_recall(features, real, device=here.device, **share)
     return dict(scores, n=len(features), n_reference=len(real), reference=reference.name, **evaluation.about)
 
-# %% ../nbs/01_evaluate.ipynb #bc5c6cfe
+# %% ../nbs/01_evaluate.ipynb #ef8946b8
 @torch.no_grad()
 def reconstruction_scores(
     evaluation:Evaluation, # of the preset
@@ -392,16 +397,17 @@ def reconstruction_scores(
 )->dict:                   # rfid, psnr (dB), ssim, n, features; of indices codebook_usage, perplexity, tokens, bits per image
     "How well a tokenizer or a continuous autoencoder reconstructs the validation images."
     here, K = evaluation.run.here, len(getattr(tokenizer, 'codebook', ()))
-    made, counts, sums = FrechetStatistics(evaluation.network.dim), torch.zeros(K), torch.zeros(2)
+    made, counts, sums, tokens = FrechetStatistics(evaluation.network.dim), torch.zeros(K), torch.zeros(2), 0
     for images, _ in evaluation.batches('validation'):
         code = tokenizer.encode(images.to(here.device))                   # indices or latents
         decoded = decode_bytes(tokenizer.decode, code)
         made.update(evaluation.network(decoded))
-        if K: counts += torch.bincount(code.flatten().cpu(), minlength=K)
+        if K: counts, tokens = counts + torch.bincount(code.flatten().cpu(), minlength=K), code.shape[1]
         sums += torch.stack([psnr(decoded, images).sum(), ssim(decoded, images).sum()])
     made, (sums, counts) = merge_over_processes(made), (here.sum(x.to(here.device)).cpu() for x in (sums, counts))
     scores = dict(rfid=frechet_distance(made, evaluation.statistics('validation')), psnr=sums[0].item()/made.count,
                   ssim=sums[1].item()/made.count)
-    if K: scores.update(codebook_usage=codebook_usage(counts), perplexity=perplexity(counts), tokens=code.shape[1],
-                        bits=code.shape[1]*math.log2(K))
+    tokens = int(here.gather(torch.tensor([tokens], device=here.device)).max()) # a process may have had no images
+    if K: scores.update(codebook_usage=codebook_usage(counts), perplexity=perplexity(counts), tokens=tokens,
+                        bits=tokens*math.log2(K))
     return dict(scores, n=made.count, **evaluation.about)

@@ -292,7 +292,7 @@ def backward(
     _send(out, gradients, weight, share)
     return log | measured
 
-# %% ../nbs/01_losses.ipynb #ccd968a3
+# %% ../nbs/01_losses.ipynb #7e8b49f4
 def accumulate_gradients(
     forward:Callable,      # slice of the batch -> its `Outputs`
     images:Tensor,         # (B, 3, H, W) in [-1, 1], the batch of this process
@@ -308,6 +308,10 @@ def accumulate_gradients(
     parts, log, judged = micro_batches(len(images), micro_batch_size), Means(), []
     tied = joint_loss is not None or adversary is not None and adversary.adaptive
     losses = dict(image_loss=image_loss, adversary=adversary, last_layer=last_layer)
+    grouped = adversary is not None and any(isinstance(m, _LocalBatchNorm) for m in adversary.modules())
+    if len(parts) > 1 and grouped and any((rows.stop-rows.start) % 8 for rows, _ in parts):
+        raise ValueError(f"micro_batch_size must divide a batch of {len(images)} into multiples of 8, the groups of the "
+                         f"discriminator's normalisation, got {micro_batch_size}")
     if len(parts) > 1 and tied: return _two_runs(forward, images, parts, ramp, joint_loss, moving, losses)
     for rows, share in parts:
         out = forward(rows)

@@ -492,7 +492,7 @@ def making_step(
                 with meter.part('decode', decodes): codec.decode(batch)
     return step
 
-# %% ../nbs/06_plan.ipynb #6bf957e5
+# %% ../nbs/06_plan.ipynb #953ecfdc
 SOURCES = {'ILSVRC/imagenet-1k': (1_281_167, 1000), # training images and classes: Russakovsky et al. 2015
            'tiny-imagenet': (100_000, 200),         # Le and Yang 2015
            'digits': (1438, 10)}                    # scikit-learn's, without the fifth that is held out
@@ -532,7 +532,8 @@ def _judges(size, classes, semantic, **options): return build_judges(size, class
 def _image_cost(family, stage, size, classes):
     codec, whole, semantic = _codec(family, size), stage != 'post-training', stage == 'main training'
     options = dict(weight=1., lecam_weight=0., augment=False) if family == 'masked' else {} # of `trained_coda`
-    judges = _judges(size=_only(size, 'losses', *['tokenizer'][:semantic]), classes=classes, semantic=semantic, **options)
+    seen = _only(size, 'losses', *(['tokenizer'] if semantic else []))
+    judges = _judges(size=seen, classes=classes, semantic=semantic, **options)
     learned = codec.module if whole else codec.learn_decoder()
     if stage == 'adaptation':
         learned = nn.ModuleDict(dict(quantizer=codec.quantizer, adapters=adapters(codec.autoencoder)))

@@ -47,7 +47,7 @@ def fast_bfloat16(
     names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return device.type == 'cpu' and any(getattr(torch.cpu, name, bool)() for name in names)
 
-# %% ../nbs/00_run.ipynb #4c1eb3f1
+# %% ../nbs/00_run.ipynb #6d2d565c
 TIMEOUT = timedelta(minutes=10) # for one process to wait for the others
 
 def compile_in_place(
@@ -62,6 +62,7 @@ def compile_in_place(
 
 class Processes:
     "The processes that share this run, and the numerical precision they compute in."
+    closes = False # their group at exit
     def __init__(self,
         precision:str='auto', # 'fp32' | 'bf16' | 'auto': bf16 where the hardware has it
     ):
@@ -69,7 +70,8 @@ class Processes:
         if precision not in ('auto', 'fp32', 'bf16'):
             raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
-        atexit.register(state.destroy_process_group) # an open group can abort a process that has finished
+        if not Processes.closes: atexit.register(state.destroy_process_group) # an open group can abort a finished process
+        Processes.closes = True
         self.device, self.rank, self.world = state.device, state.process_index, state.num_processes
         self.is_main, self.state = state.is_main_process, state
         bf16 = precision == 'bf16' or precision == 'auto' and fast_bfloat16(self.device)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Tokens', 'tokenize', 'read_pretokenized', 'generated_tokens']
 
-# %% ../nbs/01_tokens.ipynb #aad364c9
+# %% ../nbs/01_tokens.ipynb #bcef1770
+import hashlib
 import gzip, json, re, zlib
 from array import array
 from itertools import islice
@@ -116,7 +117,7 @@ def read_pretokenized(
         return make_token_store(folder, make, labels, num_tokens, codebook_size, about, batch_size=4096,
                                 rank=here.rank, world=here.world, wait=here.wait)
 
-# %% ../nbs/01_tokens.ipynb #d51abe9a
+# %% ../nbs/01_tokens.ipynb #edc7db1e
 def generated_tokens(
     run:Run,         # names the folder
     model,           # has `sample`; `num_tokens` and `codebook_size`, or `latent_shape` if it is continuous
@@ -129,7 +130,8 @@ def generated_tokens(
     def make(rows):
         draws = seeded(run.seed, 'free', int(rows[0]), device=here.device)
         with here.autocast(): return model.sample(labels[rows].to(here.device), generator=draws, **sampling)
-    about = dict(generator=made_by, rows=len(labels), sampling=sampling, seed=run.seed)
+    drawn = hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=5).hexdigest()
+    about = dict(generator=made_by, rows=len(labels), labels=drawn, sampling=sampling, seed=run.seed)
     folder = run.folder('samples', **about)/'tokens'
     shared = dict(batch_size=run.size['evaluation']['batch_size'], rank=here.rank, world=here.world,
                   wait=here.wait, name='samples')

@@ -231,7 +231,7 @@ def test_damage_that_comes_later_is_named(tmp_path):
     os.truncate(shard, int(rows.offsets[36])+20)
     with pytest.warns(UserWarning, match=r'set\.tar:36\.png: the shard ends \d+ bytes before'): assert greys(lazy, [36, 5]) == [0, 5]
     os.truncate(shard, int(rows.offsets[20])+20)
-    with pytest.raises(ValueError, match=r'11 images could not be read, the limit is 10; the last was .*set\.tar:\d\d\.png'): lazy[range(18, 40)]
+    with pytest.raises(ValueError, match=r'\d+ images could not be read, the limit is 10; the last was .*set\.tar:\d\d\.png'): lazy[range(18, 40)]
 
 @pytest.mark.filterwarnings("ignore:.*passed over")
 def test_a_shard_that_is_gone_is_named(tmp_path):

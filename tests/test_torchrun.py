@@ -46,7 +46,7 @@ def start(folder, job, restarts=3):
 
 def finish(folder, job, process=None):
     process = process or start(folder, job)
-    try: code = process.wait(600)
+    try: code = process.wait(900)
     finally: kill(tree(process))
     assert code == 0, (folder/f'{job}.log').read_text()[-4000:]
 

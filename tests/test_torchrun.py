@@ -141,12 +141,6 @@ def test_killed_job_goes_on_to_the_same_end(disturbed, undisturbed):
     finish(disturbed, 'autoregressive')
     assert_same_end(disturbed, undisturbed, 'autoregressive')
 
-def test_torchrun_starts_a_job_again_whose_process_died(disturbed, undisturbed):
-    stage, process = started_and_met(disturbed, 'masked')
-    kill([kernel(process, 0)])
-    finish(disturbed, 'masked', process)
-    assert_same_end(disturbed, undisturbed, 'masked')
-
 def test_job_ends_when_a_process_dies_and_goes_on_to_the_same_end(disturbed, undisturbed):
     "The other process must not wait for the dead one, nor stay behind."
     before = tables(disturbed)

@@ -106,7 +106,7 @@ def saved_tensors(folder, job):
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
-    "Folder of a job's undisturbed run; they are on their way while others are killed."
+    "Folder of the undisturbed runs, in the order of the tests below; they are on their way while others are killed."
     folder = copy_project(tmp_path_factory.mktemp('undisturbed'))
     with ThreadPoolExecutor(1) as pool:
         runs = {job: pool.submit(lambda job: finish(folder, job) or (saved_tables(folder), saved_records(folder),
@@ -140,6 +140,18 @@ def test_killed_job_goes_on_to_the_same_end(disturbed, undisturbed):
     assert tables(disturbed) == [], stage
     finish(disturbed, 'autoregressive')
     assert_same_end(disturbed, undisturbed, 'autoregressive')
+
+def test_terminated_job_leaves_nothing_behind_and_goes_on_to_the_same_end(disturbed, undisturbed):
+    "As a batch system takes a machine back: torchrun is asked to end, and ends its processes."
+    before = tables(disturbed)
+    stage, process = started_and_met(disturbed, 'masked')
+    others = tree(process)
+    process.terminate()
+    assert process.wait(120) != 0
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert tables(disturbed) == before, stage
+    finish(disturbed, 'masked')
+    assert_same_end(disturbed, undisturbed, 'masked')
 
 def test_job_ends_when_a_process_dies_and_goes_on_to_the_same_end(disturbed, undisturbed):
     "The other process must not wait for the dead one, nor stay behind."

@@ -242,7 +242,7 @@ def token_loss(
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.detach().argmax(-1) == targets).float().mean()
 
-# %% ../nbs/04_autoregressive.ipynb #5ef7123a
+# %% ../nbs/04_autoregressive.ipynb #ce1fd139
 def train_generator(
     model:RAR,             # trained in place
     store,                 # `TokenStore`, or (indices (rows, N), labels (rows,))
@@ -260,6 +260,8 @@ def train_generator(
     seed:int=0,            # decides batches, orders and dropout
     folder=None,           # keeps the checkpoint; None keeps nothing on disk
     precision:str='auto',  # 'fp32' | 'bf16' | 'auto': bf16 where the hardware has it
+    watch:Callable|None=None, # gets the number of steps done and the model in eval mode, while it trains
+    watch_every:int=1000,  # steps
     **loop,                # further arguments of `Loop`, such as `checkpoint_every`
 )->list:                   # one row of step, loss and accuracy per logged step
     "Train a generator on tokens (RAR, section 4.1)."
@@ -289,6 +291,9 @@ def train_generator(
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         loop.log(**log)
+        if watch and (step+1) % watch_every == 0:
+            watch(step+1, model.eval())
+            model.train()
     model.eval()
     return loop.rows
 
@@ -416,18 +421,21 @@ def sample_tokens(
         tokens = indices if sigma == 1 else write_tokens(model, labels, weights, choose, cache)
     return (tokens.clone(), mask) if return_mask else tokens.clone()
 
-# %% ../nbs/04_autoregressive.ipynb #d6fbe5c0
+# %% ../nbs/04_autoregressive.ipynb #3be32f30
 def trained_generator(
     run:Run,          # names preset and seed
     store:TokenStore, # training tokens
     num_classes:int,  # of the labels
+    watch:Callable|None=None, # see `train_generator`; a run that is watched is a stage of its own
+    watch_every:int=1000,     # steps
+    **changes,        # of the preset's generator, such as `width`
 )->tuple:             # RAR in eval mode, name of the stage
     "The preset's generator on these tokens; trained now, resumed, or read from disk."
-    size = run.size
+    about, training = dict(run.size['generator'], **changes), run.size['generator_training']
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(run.seed, 'generator'))
-        model = RAR(store.codebook_size, store.indices.shape[1], num_classes, **size['generator'])
-    folder = run.folder('generator', tokens=store.made_by, **size['generator'], **size['generator_training'])
-    train_generator(model, store, seed=run.seed, folder=folder, precision=run.here.precision,
-                    **size['generator_training'])
+        model = RAR(store.codebook_size, store.indices.shape[1], num_classes, **about)
+    watched = dict(watch_every=watch_every) if watch else {}
+    folder = run.folder('generator', tokens=store.made_by, **about, **training, **watched)
+    train_generator(model, store, seed=run.seed, folder=folder, precision=run.here.precision, watch=watch, **watched, **training)
     return model, folder.name

@@ -34,8 +34,12 @@ from .run import preset_sizes
 from .sampling import draw_tokens, guidance_weights
 from .tokenizer import SemanticTeacher, build_tokenizer
 
-# %% ../nbs/06_plan.ipynb #05b3e396
-FORMULAS, BATCH = {**flop_registry, torch.ops.aten.addmm_: addmm_flop}, 19
+# %% ../nbs/06_plan.ipynb #0db1f0e0
+_aten = torch.ops.aten
+FORMULAS, BATCH = {**flop_registry, _aten.addmm_: addmm_flop}, 19
+for _kind in ('', '_backward'): # PyTorch has no formula for the one of CPUs, which some processors take and others do not
+    FORMULAS[getattr(_aten, f'_scaled_dot_product_flash_attention_for_cpu{_kind}')] = \
+        flop_registry[getattr(_aten, f'_scaled_dot_product_flash_attention{_kind}')]
 
 class Meter(TorchDispatchMode):
     "FLOPs by part, and bytes alive at once, of whatever runs inside (formulas of FlopCounterMode)."

@@ -595,7 +595,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #a9d4c63b
+# %% ../nbs/00_run.ipynb #061cd72c
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -635,7 +635,7 @@ class Run:
         return row
 
     def record(self)->dict: # JSON-ready
-        "Where a result came from: preset, sizes, seed, commit, versions, device, time, memory."
+        "Where a result came from: notebook, preset, sizes, seed, commit, versions, device, time, memory."
         stages = {}
         for name, folder in self.stages.items():
             if (path := folder/'checkpoint.safetensors').exists():
@@ -645,7 +645,7 @@ class Run:
         unit = 1 if sys.platform == 'darwin' else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return dict(name=self.name, preset=self.preset, seed=self.seed, data=self.data,
+        return dict(name=self.name, step=os.getenv('TOKPOST_STEP', ''), preset=self.preset, seed=self.seed, data=self.data,
                     changes=self.changes, sizes=self.size, processes=self.here.world,
                     precision=self.here.precision, **environment(),
                     seconds=round(time.perf_counter()-self.began, 1), stages=stages,

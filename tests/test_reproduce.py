@@ -1,22 +1,25 @@
 "One command for all notebooks: what runs, what is skipped, and what a failure or an interruption leaves."
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import nbformat, papermill, pytest
+import nbformat, pytest
 import tokpost.reproduce
-from tokpost.reproduce import (code_of, imported_modules, main, notebook_parameters, reason_to_run, reproduce,
-                               step_fingerprint, steps, table_difference)
+from tokpost.reproduce import check, code_of, imported_modules, main, reason_to_run, reproduce, steps
 
 ROOT = Path(__file__).parents[1]
 
-def write(path, *cells, prose=''):
-    "A notebook whose first cell holds the parameters."
-    made = [nbformat.v4.new_code_cell(source) for source in ("preset = 'smoke'\nout = 'figures'\nfamily = ''", *cells)]
-    made[0].metadata['tags'] = ['parameters']
+RESULTS = {'10_first': 'table', '11_second': 'second'}
+
+def write(path, *cells, prose='', results=None):
+    "A notebook whose first cells hold parameters and results."
+    results = {RESULTS[path.stem]: ('', 'a table')} if results is None else results
+    made = [nbformat.v4.new_code_cell(source) for source in
+            ("preset = 'smoke'\nout = 'figures'\ndata = ''\nfamily = ''", f'results = {results}', *cells)]
+    made[0].metadata['tags'], made[1].metadata['tags'] = ['parameters'], ['results']
     path.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[*made, nbformat.v4.new_markdown_cell(prose)]), path)
 
-TABLE = ("from pathlib import Path\nfolder = Path('../'+out)/preset\nfolder.mkdir(parents=True, exist_ok=True)\n"
-         "(folder/'table.csv').write_text('a,b\\nx,1.5\\n')")
+TABLE = ("import pandas as pd\nfrom tokpost.run import Run\n"
+         "Run('table', preset, data=data, out=out).save_table(pd.DataFrame(dict(a=['x'], b=[1.5])))")
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
@@ -26,25 +29,27 @@ def project(tmp_path, monkeypatch):
     for name, text in dict(lower='x = 1', upper='from tokpost.lower import x', other='y = 2').items():
         (tmp_path/f'tokpost/{name}.py').write_text(text)
     write(tmp_path/'nbs/10_first.ipynb', 'from tokpost.upper import x', TABLE)
-    write(tmp_path/'nbs/11_second.ipynb', TABLE.replace('table', 'second'))
-    def execute(source, output, parameters, cwd, **options):
-        Path(output).write_text(Path(source).read_text())
-        space, old = dict(), os.getcwd()
-        os.chdir(cwd)
-        try:
-            for cell in (c for c in nbformat.read(source, 4).cells if c.cell_type == 'code'):
-                if 'import x' in cell.source: continue
-                exec(cell.source, space)
-                if 'parameters' in cell.metadata.get('tags', []): space.update(parameters)
-        finally: os.chdir(old)
-    monkeypatch.setattr(papermill, 'execute_notebook', execute)
+    write(tmp_path/'nbs/11_second.ipynb', TABLE.replace('table', 'second').replace('save_second', 'save_table'))
+    def execute(step, output, threads=1, children=()):
+        output.write_text(step.path.read_text())
+        space = dict()
+        monkeypatch.chdir(step.path.parent)
+        monkeypatch.setenv('TOKPOST_STEP', step.name)
+        for cell in (c for c in nbformat.read(step.path, 4).cells if c.cell_type == 'code'):
+            if 'import x' in cell.source: continue
+            try: exec(cell.source, space)
+            except Exception as error: return f'{type(error).__name__}: {error}'
+            if 'parameters' in cell.metadata.get('tags', []): space.update(step.parameters)
+        return ''
+    monkeypatch.setattr(tokpost.reproduce, 'execute_notebook', execute)
+    monkeypatch.setattr(tokpost.reproduce, 'number_of_jobs', lambda preset: 1) # one working directory
     return tmp_path
 
 def status(outcomes): return [outcome.status for outcome in outcomes]
 
 def test_every_measuring_notebook_takes_part():
     names = {step.path.stem for step in steps('smoke', root=ROOT)}
-    measuring = {path.stem for path in (ROOT/'nbs').glob('1[0-9]_*.ipynb')}
+    measuring = {path.stem for path in (ROOT/'nbs').glob('[1-9][0-9]_*.ipynb')}
     assert measuring <= names and '05_post_train' in names
     order = [step.path.stem for step in steps('smoke', root=ROOT)]
     assert order == sorted(order)
@@ -58,7 +63,7 @@ def test_second_time_nothing_runs(project):
     assert status(reproduce('smoke', root=project)) == ['ran', 'ran']
     again = reproduce('smoke', root=project)
     assert status(again) == ['up to date', 'up to date']
-    assert list(again[0].files) == ['figures/smoke/table.csv']
+    assert list(again[0].files) == ['figures/smoke/table.csv', 'figures/smoke/table.json']
     assert status(reproduce('smoke', force=True, root=project)) == ['ran', 'ran']
 
 @pytest.mark.parametrize('change, stale', [
@@ -82,22 +87,64 @@ def test_another_preset_is_another_result(project):
 
 def test_failure_leaves_the_others_and_the_old_result(project):
     reproduce('smoke', root=project)
-    write(project/'nbs/10_first.ipynb', TABLE.replace('1.5', '2.5').replace('(folder/', '1/0\n(folder/'))
+    write(project/'nbs/10_first.ipynb', TABLE.replace('1.5', '2.5').replace('Run(', '1/0\nRun('))
     outcomes = reproduce('smoke', root=project)
     assert status(outcomes) == ['failed', 'up to date'] and 'division by zero' in outcomes[0].note
     assert (project/'figures/smoke/table.csv').read_text() == 'a,b\nx,1.5\n'
     write(project/'nbs/10_first.ipynb', TABLE.replace('1.5', '2.5'))
     assert status(reproduce('smoke', root=project)) == ['ran', 'up to date']
 
+@pytest.mark.parametrize('results, said', [({'other': ('', '')}, 'table.json is not among the results that 10_first.ipynb declares'),
+                                           ({'table': ('', ''), 'more': ('', '')}, '')])
+def test_results_are_those_that_are_declared(project, results, said):
+    write(project/'nbs/10_first.ipynb', TABLE, results=results)
+    outcome = reproduce('smoke', root=project)[0]
+    assert (outcome.status == 'failed') == bool(said) and said in outcome.note
+
+def test_step_without_results_or_with_a_broken_one_fails(project):
+    write(project/'nbs/10_first.ipynb', 'pass')
+    assert 'wrote none of the results' in reproduce('smoke', root=project)[0].note
+    write(project/'nbs/10_first.ipynb', TABLE.replace("dict(a=['x'], b=[1.5])", "dict(a=[], b=[])"))
+    assert 'table.csv must have rows, got none' in reproduce('smoke', root=project)[0].note
+
+def test_results_of_other_steps_do_not_count(project):
+    "Foreign files, of another notebook or copied from another preset."
+    reproduce('smoke', root=project)
+    folder = project/'figures/smoke'
+    foreign = json.loads((folder/'table.json').read_text()) | dict(step='', preset='laptop')
+    (folder/'table.json').write_text(json.dumps(foreign))
+    assert check(steps('smoke', root=project), project) == [
+        f"10_first: {folder/'table.json'} must be of preset 'smoke', got one of 'laptop'"]
+    assert reason_to_run(steps('smoke', root=project)[0], project) == 'figures/smoke/table.json was changed by something else'
+    assert status(reproduce('smoke', root=project)) == ['ran', 'up to date'] and check(steps('smoke', root=project), project) == []
+
+def test_other_images_are_another_step(project):
+    reproduce('smoke', root=project)
+    assert status(reproduce('smoke', root=project, data='mnist')) == ['ran', 'ran']
+    assert (project/'figures/smoke/table_mnist.csv').exists()
+    assert status(reproduce('smoke', root=project)) == status(reproduce('smoke', root=project, data='mnist')) == ['up to date']*2
+    assert check(steps('smoke', root=project, data='mnist'), project) == []
+
+def test_those_that_read_results_run_last(project, monkeypatch):
+    RESULTS['90_claims'] = 'claims'
+    write(project/'nbs/90_claims.ipynb', "import pandas as pd\nfrom tokpost.run import Run, read_table\nfound = read_table('table', preset)\n"
+          "Run('claims', preset, out=out).save_table(found)")
+    order, execute = [], tokpost.reproduce.execute_notebook
+    monkeypatch.setattr(tokpost.reproduce, 'execute_notebook', lambda step, *args: order.append(step.name) or execute(step, *args))
+    assert status(reproduce('smoke', root=project)) == ['ran']*3 and order[-1] == '90_claims'
+    assert status(reproduce('smoke', root=project)) == ['up to date']*3
+    write(project/'nbs/10_first.ipynb', TABLE.replace('1.5', '2.5'))
+    assert status(reproduce('smoke', root=project)) == ['ran', 'up to date', 'ran']
+
 def test_interruption_stops_and_goes_on(project, monkeypatch):
-    whole = papermill.execute_notebook
-    def stopped(source, *args, **options):
-        if '11' in Path(source).name: raise KeyboardInterrupt
-        whole(source, *args, **options)
-    monkeypatch.setattr(papermill, 'execute_notebook', stopped)
+    whole = tokpost.reproduce.as_completed
+    def stopped(waiting):
+        yield next(whole(waiting))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tokpost.reproduce, 'as_completed', stopped)
     assert status(reproduce('smoke', root=project)) == ['ran', 'interrupted']
-    monkeypatch.setattr(papermill, 'execute_notebook', whole)
-    assert status(reproduce('smoke', root=project)) == ['up to date', 'ran']
+    monkeypatch.setattr(tokpost.reproduce, 'as_completed', whole)
+    assert reproduce('smoke', root=project)[0].status == 'up to date'
 
 def test_difference_from_the_committed_result_is_said(project):
     git = lambda *args: subprocess.run(['git', '-C', project, '-c', 'user.name=a', '-c', 'user.email=a@b', *args], check=True,
@@ -123,6 +170,30 @@ def test_command(project, monkeypatch, capsys):
     assert '11_second  ran' in capsys.readouterr().out and (project/'elsewhere/smoke/second.csv').exists()
     write(project/'nbs/10_first.ipynb', '1/0')
     assert main([]) == 1
+
+SLOW = "import time\nopen('../begun', 'w').close()\ntime.sleep(600)"
+
+def test_terminated_command_leaves_nothing_at_work(tmp_path):
+    "In processes of its own, as it runs for a user: ended in the middle, then started again."
+    import psutil
+    (tmp_path/'settings.ini').write_text('[DEFAULT]')
+    write(tmp_path/'nbs/10_first.ipynb', TABLE)
+    write(tmp_path/'nbs/11_second.ipynb', SLOW)
+    environ = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), COLUMNS='200')
+    command = [sys.executable, '-c', 'import sys; from tokpost.reproduce import main; sys.exit(main())', '--jobs', '2']
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    state = tmp_path/'runs/smoke/reproduce/10_first.json'
+    while not ((tmp_path/'begun').exists() and state.exists()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(.05)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and '11_second  interrupted' in said and '10_first   ran' in said
+    assert psutil.wait_procs(others, timeout=30)[1] == []
+    write(tmp_path/'nbs/11_second.ipynb', '1/0')
+    done = subprocess.run(command, cwd=tmp_path, env=environ, text=True, capture_output=True)
+    assert '10_first   up to date' in done.stdout and 'ZeroDivisionError: division by zero; see runs/smoke/reproduce/failed' in done.stdout
 
 def test_modules_are_those_that_are_imported():
     found = imported_modules(code_of(ROOT/'nbs/14_coda_ladder.ipynb'), ROOT)

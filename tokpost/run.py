@@ -438,33 +438,33 @@ PRESETS['smoke'] = dict(
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
     sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #f524ab7e
+# %% ../nbs/00_run.ipynb #f9f4a5b0
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
-    tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=24,
+    tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=16,
                    multipliers=(1, 2, 2), blocks=1, attention=True),
-    losses=dict(perceptual='classifier', adversary='patch', width=24),
-    main_training=dict(steps=800, batch_size=32, lr=1e-3, warmup=40, final_lr=.1,
+    losses=dict(perceptual='classifier', adversary='patch', width=16),
+    main_training=dict(steps=500, batch_size=32, lr=1e-3, warmup=25, final_lr=.1,
                        discriminator_start=.28),
     perturbation=dict(alpha=1., beta=.1, delta=12),
     crops=dict(autoregressive=1, masked=1, diffusion=1),
     generator=dict(width=96, depth=3, heads=4),
-    generator_training=dict(steps=1000, batch_size=64, lr=2e-3, warmup=50),
+    generator_training=dict(steps=600, batch_size=64, lr=2e-3, warmup=30),
     sampling=dict(guidance_scale=1.5, guidance_power=1., temperature=1.),
-    pairs=dict(count=2000, batch_size=500),
+    pairs=dict(count=1500, batch_size=500),
     post_training=dict(steps=150, batch_size=32, lr=5e-4, warmup=10, ema_horizon=.2),
-    autoencoder=dict(latent_channels=4, width=24, multipliers=(1, 2, 2), blocks=1, attention=True),
-    autoencoder_training=dict(steps=600, batch_size=32, lr=2e-3, warmup=40, final_lr=.05),
-    coda=dict(sides=(1, 2, 3, 4), codebook_size=256, attention_dim=32),
-    coda_quantizer_training=dict(steps=1000, batch_size=64, lr=5e-3),
-    coda_training=dict(steps=300, batch_size=32, lr=5e-4, rank=4),
+    autoencoder=dict(latent_channels=4, width=16, multipliers=(1, 2, 2), blocks=1, attention=True),
+    autoencoder_training=dict(steps=500, batch_size=32, lr=2e-3, warmup=30, final_lr=.05),
+    coda=dict(sides=(1, 2, 4, 4), codebook_size=256, attention_dim=32),
+    coda_quantizer_training=dict(steps=800, batch_size=64, lr=1e-2),
+    coda_training=dict(steps=150, batch_size=32, lr=1e-3, rank=4),
     masked=dict(width=96, depth=3, heads=4),
-    masked_training=dict(steps=1000, batch_size=64, lr=2e-3, warmup=50, betas=(.9, .96)),
+    masked_training=dict(steps=700, batch_size=64, lr=2e-3, warmup=35, betas=(.9, .96)),
     masked_sampling=dict(steps=8, guidance_scale=2.),
     diffusion=dict(width=96, depth=4, heads=4, patch_size=1),
-    diffusion_training=dict(steps=1500, batch_size=64, lr=1e-3, warmup=50),
+    diffusion_training=dict(steps=1000, batch_size=64, lr=1e-3, warmup=50),
     diffusion_sampling=dict(steps=10, guidance_scale=1.5),
-    evaluation=dict(features='classifier', samples=2000, reconstructions=2000, batch_size=500,
+    evaluation=dict(features='classifier', samples=1500, reconstructions=2000, batch_size=500,
                     classifier_steps=440),
     sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
@@ -496,11 +496,11 @@ PRESETS['small'] = dict(
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
     sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
-# %% ../nbs/00_run.ipynb #2c3ebc3f
+# %% ../nbs/00_run.ipynb #fceb2145
 PRESETS['full'] = dict(
     data='ILSVRC/imagenet-1k', image_size=256, precision='auto',
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
-    losses=dict(perceptual='lpips', adversary='dino', semantic=True),
+    losses=dict(perceptual='lpips', adversary='dino', semantic='dino'),
     main_training=dict(steps=250_000, batch_size=1024, lr=2.4e-4, warmup=1250, final_lr=.21,
                        discriminator_lr=8e-4, discriminator_start=.28, augment=True),
     perturbation=dict(alpha=1., beta=.1, delta=100),

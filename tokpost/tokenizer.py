@@ -271,7 +271,7 @@ def train_tokenizer(
     tokenizer.eval()
     return loop.rows
 
-# %% ../nbs/03_tokenizer.ipynb #90daa244
+# %% ../nbs/03_tokenizer.ipynb #5d6e2178
 def _teacher(run, evaluation, semantic, code_dim, downloaded):
     "The teacher of the semantic loss that a preset names."
     if semantic not in ('dino', 'classifier'):
@@ -290,6 +290,7 @@ def main_trained(
 )->tuple:                  # Tokenizer in eval mode, Adversary or None, name of the stage
     "The preset's tokenizer after main training; trained now, resumed, or read from disk."
     size, losses = run.size, run.size['losses'] | (losses or {})
+    if losses.get('semantic') is None: losses.pop('semantic', None)
     about = dict(size['tokenizer'], **tokenizer_changes)
     perturbation = size['perturbation'] | (perturbed if isinstance(perturbed, dict) else {}) if perturbed else None
     tokenizer = build_tokenizer(size['image_size'], seed=fold(run.seed, 'tokenizer'), **about)

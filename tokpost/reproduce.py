@@ -17,7 +17,7 @@ from .results import check_result, measuring_notebooks, notebook_parameters, not
 from .run import PRESETS, fingerprint, preset_sizes, project_root, write_atomic
 from tqdm import tqdm
 
-# %% ../nbs/09_reproduce.ipynb #c353e0c3
+# %% ../nbs/09_reproduce.ipynb #a90d0b09
 FAMILIES = {'': {}, '-masked': dict(family='masked'), '-diffusion': dict(family='diffusion')}
 REPEATED = {'05_post_train': FAMILIES,
             '11_post_training_arms': FAMILIES | {'-plain': dict(tokenizer='plain'),
@@ -54,7 +54,9 @@ def steps(
     found = []
     for path in measuring_notebooks(root):
         have = notebook_parameters(path)
-        shared = dict(preset=preset, **{k: v for k, v in (dict(out='figures') | parameters).items() if k in have})
+        given = {k: v for k, v in (dict(out='figures') | parameters).items() if k in have}
+        if have.get('data'): given.pop('data', None) # made for the images that it names itself
+        shared = dict(preset=preset, **given)
         for ending, more in REPEATED.get(path.stem, {'': {}}).items():
             found.append(Step(path.stem + ending, path, shared | more))
     names = {step.name for step in found} | {step.path.stem for step in found}
@@ -310,7 +312,7 @@ def reproduce(
                 outcomes |= found
     return [outcomes[step.name] for step in plan if step.name in outcomes]
 
-# %% ../nbs/09_reproduce.ipynb #241b970f
+# %% ../nbs/09_reproduce.ipynb #7a2dd887
 def summary(
     outcomes:list[Outcome], # of `reproduce`
 )->str:                     # a table for a terminal
@@ -346,12 +348,13 @@ def main(
     add('--only', nargs='+', default=(), metavar='NAME', help='these notebooks alone')
     add('--data', help="image source instead of the preset's")
     add('--out', help='folder of the results, under the project')
+    add('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a further parameter, for the notebooks that have it')
     add('--jobs', type=int, help='notebooks at a time; by default one per core, or one where there is a GPU')
     add('--force', action='store_true', help='run also what is up to date')
     add('--check', action='store_true', help='check the results on disk, run nothing')
     add('--list', action='store_true', help='say what would run, and why')
     given = parser.parse_args(arguments)
-    extra = {k: v for k, v in dict(data=given.data, out=given.out).items() if v}
+    extra = dict(given.p) | {k: v for k, v in dict(data=given.data, out=given.out).items() if v}
     try: plan, root = steps(given.preset, given.only, **extra), project_root()
     except ValueError as error: parser.error(str(error))
     if given.list:

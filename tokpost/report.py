@@ -442,10 +442,10 @@ def _origin(found, short=False):
     seeds, library = record.get('seeds', record.get('seed', '')), record.get('versions', {}).get('torch', '')
     return f"{found['stem']}: data {record.get('data')}, seeds {seeds}, {record.get('precision')}, PyTorch {library}"
 
-# %% ../nbs/09_report.ipynb #d3ae04db
+# %% ../nbs/09_report.ipynb #ae168394
 INDEX = PARTS + """<h1>tokpost, reproduced</h1>
-<p class="lead">Two papers, <i>Image Tokenizer Needs Post-Training</i> (RobusTok) and <i>CODA</i>, redone in notebooks.
-Below is every table and figure of theirs, what regenerates it here, and at which presets that was run. Presets are sizes:
+<p class="lead">Two papers, <i>Image Tokenizer Needs Post-Training</i> (RobusTok) and <i>CODA: Repurposing Continuous VAEs
+for Discrete Tokenization</i>, redone in notebooks. Below is every table and figure of theirs, what regenerates it here, and at which presets that was run. Presets are sizes:
 <code>smoke</code> only shows that the code runs, <code>laptop</code> and <code>small</code> use small data and networks,
 <code>full</code> is the papers' scale. <i>Run</i> means that the result is on disk, with a record of where it came
 from.</p>

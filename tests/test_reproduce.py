@@ -136,6 +136,15 @@ def test_those_that_read_results_run_last(project, monkeypatch):
     write(project/'nbs/10_first.ipynb', TABLE.replace('1.5', '2.5'))
     assert status(reproduce('smoke', root=project)) == ['ran', 'up to date', 'ran']
 
+def test_code_that_changes_while_a_notebook_runs_makes_it_stale(project, monkeypatch):
+    execute = tokpost.reproduce.execute_notebook
+    def slowly(step, *args):
+        (project/'tokpost/lower.py').write_text('x = 3')
+        return execute(step, *args)
+    monkeypatch.setattr(tokpost.reproduce, 'execute_notebook', slowly)
+    reproduce('smoke', root=project)
+    assert reason_to_run(steps('smoke', root=project)[0], project) == 'its code, sizes or parameters changed'
+
 def test_interruption_stops_and_goes_on(project, monkeypatch):
     whole = tokpost.reproduce.as_completed
     def stopped(waiting):

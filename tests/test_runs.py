@@ -21,7 +21,7 @@ def test_first_command(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_csv(tmp_path/'figures/smoke/post_training.csv')
     assert list(table.columns) == ['decoder', 'gfid', 'gfid_minus_control', 'rfid', 'samples', 'features', 'n']
-    assert list(table.decoder) == ['before', 'σ = 1', 'σ = 0.8'] and table.gfid.gt(0).all()
+    assert list(table.decoder) == ['before', 'σ = 1', 'σ = 0.9'] and table.gfid.gt(0).all()
     record = json.loads((tmp_path/'figures/smoke/post_training.json').read_text())
     for key in ('preset', 'sizes', 'seed', 'commit', 'versions', 'device', 'seconds', 'peak_memory_gib', 'stages'):
         assert key in record

@@ -204,7 +204,7 @@ def since_commit(
         elif note := table_difference((root/path).read_text(), committed.stdout): notes.append(f'{Path(path).name}: {note}')
     return '; '.join(notes)
 
-# %% ../nbs/09_reproduce.ipynb #9fb0196d
+# %% ../nbs/09_reproduce.ipynb #867e5e5a
 def _error_of(path, otherwise):
     "The error in an executed notebook; what Papermill said where it has none."
     try: cells = json.loads(path.read_text())['cells']
@@ -240,7 +240,7 @@ def run_step(
     state, began, since = _state(step, root), time.perf_counter(), time.time() - 2 # file systems round
     done, broken = state.with_suffix('.ipynb'), state.parent/'failed'/f'{state.stem}.ipynb'
     broken.parent.mkdir(parents=True, exist_ok=True)
-    why, code = execute_notebook(step, broken, threads, children), step_fingerprint(step, root)
+    code, why = step_fingerprint(step, root), execute_notebook(step, broken, threads, children) # what changes meanwhile counts
     try: files = {} if why else written_by(step, root, since)
     except ValueError as error: why = str(error)
     seconds = time.perf_counter() - began

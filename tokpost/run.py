@@ -410,7 +410,7 @@ class Loop:
 # %% ../nbs/00_run.ipynb #3bbaf93f
 PRESETS = {}
 
-# %% ../nbs/00_run.ipynb #3c288224
+# %% ../nbs/00_run.ipynb #5eb38255
 PRESETS['smoke'] = dict(
     data='digits', image_size=16, precision='fp32',
     tokenizer=dict(architecture='cnn', codebook_size=64, code_dim=8, width=16, multipliers=(1, 2, 2),
@@ -436,9 +436,9 @@ PRESETS['smoke'] = dict(
     diffusion_training=dict(steps=24, batch_size=32, lr=1e-3, warmup=4),
     diffusion_sampling=dict(steps=4, guidance_scale=1.5),
     evaluation=dict(features='classifier', samples=64, batch_size=64, classifier_steps=44),
-    sigmas=(1., .8), seeds=(0, 1), codebook_sizes=(32, 64))
+    sigmas=(1., .9), seeds=(0, 1), codebook_sizes=(32, 64))
 
-# %% ../nbs/00_run.ipynb #f9f4a5b0
+# %% ../nbs/00_run.ipynb #60196956
 PRESETS['laptop'] = dict(
     data='digits', image_size=16, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=512, code_dim=16, width=16,
@@ -466,9 +466,9 @@ PRESETS['laptop'] = dict(
     diffusion_sampling=dict(steps=10, guidance_scale=1.5),
     evaluation=dict(features='classifier', samples=1500, reconstructions=2000, batch_size=500,
                     classifier_steps=440),
-    sigmas=(1., .95, .9, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
+    sigmas=(1., .9, .95, .8, .6), seeds=(0, 1, 2), codebook_sizes=(128, 512, 2048))
 
-# %% ../nbs/00_run.ipynb #3c5e623d
+# %% ../nbs/00_run.ipynb #76f49617
 PRESETS['small'] = dict(
     data='tiny-imagenet', image_size=64, precision='auto',
     tokenizer=dict(architecture='cnn', codebook_size=4096, code_dim=32, width=96,
@@ -494,7 +494,7 @@ PRESETS['small'] = dict(
     diffusion_training=dict(steps=40_000, batch_size=256, lr=2e-4, warmup=1000),
     diffusion_sampling=dict(steps=25, guidance_scale=1.5),
     evaluation=dict(features='mobilenet-v2/features.pt', samples=10_000, batch_size=500),
-    sigmas=(1., .95, .9, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
+    sigmas=(1., .9, .95, .8), seeds=(0, 1, 2), codebook_sizes=(1024, 4096, 16384))
 
 # %% ../nbs/00_run.ipynb #fceb2145
 PRESETS['full'] = dict(

@@ -194,7 +194,7 @@ def train_autoencoder(
     for part in (autoencoder, image_loss, adversary):
         if part is not None: part.to(here.device).train()
     start = int(discriminator_start*steps)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, betas=(.9, .95), weight_decay=0.)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr, betas=(.9, .95), weight_decay=0., fused=True)
     ema = EMA(autoencoder, ema_decay(steps, ema_horizon))
     parts = dict(autoencoder=autoencoder, optimizer=optimizer, ema=ema)
     with torch.no_grad(): one, log_variance = autoencoder.moments(images[[0]].to(here.device))
@@ -202,7 +202,7 @@ def train_autoencoder(
     for network in (autoencoder.encoder, autoencoder.decoder): here.compile(network)
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
-            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
+            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4, fused=True))
     config = dict(config or {}, batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, kl_weight=kl_weight,
                   discriminator_lr=discriminator_lr, discriminator_start=start, adversary=adversary is not None,
                   clip=clip, ema_horizon=ema_horizon, augment=augment, precision=here.precision)

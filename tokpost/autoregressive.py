@@ -266,7 +266,7 @@ def train_generator(
 )->list:                   # one row of step, loss and accuracy per logged step
     "Train a generator on tokens (RAR, section 4.1)."
     here, store = Processes(precision), Tokens(*store) if isinstance(store, tuple) else store
-    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas)
+    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas, fused=True)
     config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, clip=clip, warmup=warmup,
         weight_decay=weight_decay, final_lr=final_lr, precision=here.precision,
         randomness=[randomness_start, randomness_stop],

@@ -308,7 +308,7 @@ def train_quantizer(
     "Teach a quantizer to copy latents."
     here = Processes('fp32')
     quantizer.to(here.device).train().requires_grad_()
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr, betas=(.5, .9), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr, betas=(.5, .9), weight_decay=weight_decay, fused=True)
     parts = dict(quantizer=quantizer, optimizer=optimizer, ema=EMA(quantizer, ema_decay(steps, ema_horizon)))
     config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay, clip=clip, ema_horizon=ema_horizon,
                   **quantizer_options(quantizer))
@@ -367,12 +367,12 @@ def train_coda(
     last_layer, weights = coda.last_layer, list(trained.parameters())
     coda.autoencoder.eval().requires_grad_(False)
     for weight in (*weights, last_layer): weight.requires_grad_()          # whatever froze them before
-    optimizer = torch.optim.AdamW(weights, lr, betas=(.5, .9), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(weights, lr, betas=(.5, .9), weight_decay=weight_decay, fused=True)
     parts = dict(trained=trained, optimizer=optimizer, ema=EMA(trained, ema_decay(steps, ema_horizon)))
     for network in (coda.autoencoder.encoder, coda.decoder): here.compile(network)
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
-            adversary.parameters(), discriminator_lr or lr, betas=(.5, .9), weight_decay=5e-4))
+            adversary.parameters(), discriminator_lr or lr, betas=(.5, .9), weight_decay=5e-4, fused=True))
     config = dict(config or {}, batch_size=batch_size, lr=lr, weight_decay=weight_decay, posterior=posterior, ramp=ramp,
                   quantizer_weight=quantizer_weight, clip=clip, ema_horizon=ema_horizon, augment=augment,
                   discriminator_lr=discriminator_lr, adversary=adversary is not None, precision=here.precision,

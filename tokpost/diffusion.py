@@ -202,7 +202,7 @@ def train_diffusion(
 )->list:                   # one row of step and loss per logged step
     "Train a generator on latents (SiT, section 4 and train.py)."
     here, store = Processes(precision), Tokens(*store) if isinstance(store, tuple) else store
-    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas)
+    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas, fused=True)
     ema = EMA(model, ema_decay(steps, ema_horizon))
     config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, weight_decay=weight_decay,
                   clip=clip, warmup=warmup, times=times, ema_horizon=ema_horizon,

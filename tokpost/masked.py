@@ -250,7 +250,7 @@ def train_masked(
 )->list:                    # one row of step, loss and accuracy per logged step
     "Train a masked generator on tokens (ImprovedNAT's recipe for MaskGIT)."
     here, store = Processes(precision), Tokens(*store) if isinstance(store, tuple) else store
-    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas)
+    optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas, fused=True)
     ema = EMA(model, ema_decay(steps, ema_horizon))
     config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, clip=clip, warmup=warmup,
         weight_decay=weight_decay, final_lr=final_lr, mask_ratio=mask_ratio, ema_horizon=ema_horizon,

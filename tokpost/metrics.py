@@ -296,7 +296,7 @@ def train_classifier(
         classifier = Classifier(num_classes, width).to(device)
     batch_size = min(batch_size, len(labels))
     steps = epochs*(len(labels)//batch_size)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=.01)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     batches = _shifted_batches(images, labels, batch_size, epochs, generator)

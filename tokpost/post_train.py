@@ -156,12 +156,12 @@ def post_train(
     decoder.to(here.device).train().requires_grad_(True)
     weights = list(decoder.parameters())
     last_layer = [w for w in weights if w.dim() > 1][-1] if last_layer is None else last_layer
-    optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0.)
+    optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0., fused=True)
     parts = dict(decoder=decoder, optimizer=optimizer, ema=EMA(decoder, ema_decay(steps, ema_horizon)))
     here.compile(decoder)
     if adversary:
         parts.update(adversary=adversary.to(here.device).train(), discriminator_optimizer=torch.optim.AdamW(
-            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
+            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4, fused=True))
     config = dict(config or {}, pairs=pairs.made_by, judged=judged.made_by if judged else None,
                   batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, clip=clip, ema_horizon=ema_horizon,
                   discriminator_lr=discriminator_lr, adversary=adversary is not None, precision=here.precision)

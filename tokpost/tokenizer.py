@@ -227,14 +227,14 @@ def train_tokenizer(
     for part in (tokenizer, *extra): part.to(here.device).train()
     start = int(discriminator_start*steps)
     weights = [*tokenizer.parameters(), *(teacher.project.parameters() if teacher else ())]
-    optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0.)
+    optimizer = torch.optim.AdamW(weights, lr, betas=(.9, .95), weight_decay=0., fused=True)
     parts = dict(tokenizer=tokenizer, optimizer=optimizer, ema=EMA(tokenizer, ema_decay(steps, ema_horizon)))
     num_tokens = tokenizer.encode(images[[0]].to(here.device)).shape[1]
     for network in (tokenizer.encoder, tokenizer.decoder): here.compile(network)
     if teacher: parts['projection'] = teacher.project
     if adversary:
         parts.update(adversary=adversary, discriminator_optimizer=torch.optim.AdamW(
-            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4))
+            adversary.parameters(), discriminator_lr or lr, betas=(.9, .95), weight_decay=5e-4, fused=True))
     config = dict(config or {}, batch_size=batch_size, lr=lr, warmup=warmup, final_lr=final_lr, clip=clip, augment=augment,
                   discriminator_lr=discriminator_lr, discriminator_start=start, adversary=adversary is not None,
                   perturbation=asdict(perturbation) if perturbation else None, teacher=teacher is not None,

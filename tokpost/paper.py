@@ -8,13 +8,13 @@ __all__ = ['PAPER_TABLES', 'paper_table']
 # %% ../nbs/01_paper.ipynb #e315df86
 from .run import project_root
 
-# %% ../nbs/01_paper.ipynb #bdb106c2
+# %% ../nbs/01_paper.ipynb #f3d19678
 PAPER_TABLES = {
     'robustok_tables': 'RobusTok: Tables 2-6, 9, 10; Figures 6, 11, 14',
     'robustok_benchmark': 'RobusTok: Tables 7, 8, hence Figures 5, 12',
     'coda_tables': 'CODA: Tables A-C; Figures F1-F5; token counts',
     'settings': 'both: hyperparameters of paper and official code',
-    'elements': 'both: every table and figure, and where ours is'}
+    'elements': 'both: every table and figure'}
 
 # %% ../nbs/01_paper.ipynb #446a48a8
 def _numbers(column):

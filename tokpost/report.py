@@ -331,7 +331,7 @@ def found_results(
         found.append(dict(stem=stem, record=record, files=files, page=page, day=day))
     return found
 
-# %% ../nbs/09_report.ipynb #51861d7d
+# %% ../nbs/09_report.ipynb #891078f9
 def result_row(
     book:Book,    # of `read_book`
     result:str,   # as a notebook declares it
@@ -356,8 +356,6 @@ def element_rows(
     for row in rows:
         row['results'] = [result for result, elements in declared if f"{row['paper']} {row['element']}" in elements]
         placed |= {result['result'] for result in row['results']}
-        named = str(row.get('ours') or '').split()
-        row['shown_in'] = [(name, page) for name in named if (page := address(book, name, ''))]
     return rows, [result for result, _ in declared if result['result'] not in placed]
 
 # %% ../nbs/09_report.ipynb #444b64e3
@@ -442,7 +440,7 @@ def _origin(found, short=False):
     seeds, library = record.get('seeds', record.get('seed', '')), record.get('versions', {}).get('torch', '')
     return f"{found['stem']}: data {record.get('data')}, seeds {seeds}, {record.get('precision')}, PyTorch {library}"
 
-# %% ../nbs/09_report.ipynb #ae168394
+# %% ../nbs/09_report.ipynb #89e54d27
 INDEX = PARTS + """<h1>tokpost, reproduced</h1>
 <p class="lead">Two papers, <i>Image Tokenizer Needs Post-Training</i> (RobusTok) and <i>CODA: Repurposing Continuous VAEs
 for Discrete Tokenization</i>, redone in notebooks. Below is every table and figure of theirs, what regenerates it here, and at which presets that was run. Presets are sizes:
@@ -458,9 +456,7 @@ from.</p>
 <tbody id="{{ paper }}-{{ row.element | replace(' ', '-') }}"><tr><th rowspan="{{ [row.results | length, 1] | max }}">
 {{ row.element }}<br><b>{{ row.title }}</b><p>{{ row.shows }}</p></th>
 {% for result in row.results %}{% if not loop.first %}<tr>{% endif %}{{ ours(result) }}{{ run(result) }}</tr>{% else %}
-<td class="none" colspan="{{ presets | length + 1 }}">{% if row.shown_in %}No result of its own; shown in
-{% for text, url in row.shown_in %}{{ name(text, url) }}{{ '' if loop.last else ', ' }}{% endfor %}.
-{% else %}Nothing here regenerates it.{% endif %}</td></tr>{% endfor %}</tbody>{% endfor %}</table>{% endfor %}
+<td class="none" colspan="{{ presets | length + 1 }}">Nothing here regenerates it.</td></tr>{% endfor %}</tbody>{% endfor %}</table>{% endfor %}
 {% if claims %}<h2 id="claims">Claims</h2><p>As checked at preset <code>{{ claims.preset }}</code>.</p>
 <table class="claims"><thead><tr>{% for column in claims.columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
 {% for row in claims.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}

@@ -242,7 +242,7 @@ def token_loss(
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss, (logits.detach().argmax(-1) == targets).float().mean()
 
-# %% ../nbs/04_autoregressive.ipynb #ce1fd139
+# %% ../nbs/04_autoregressive.ipynb #4c3e8e42
 def train_generator(
     model:RAR,             # trained in place
     store,                 # `TokenStore`, or (indices (rows, N), labels (rows,))
@@ -260,11 +260,12 @@ def train_generator(
     seed:int=0,            # decides batches, orders and dropout
     folder=None,           # keeps the checkpoint; None keeps nothing on disk
     precision:str='auto',  # 'fp32' | 'bf16' | 'auto': bf16 where the hardware has it
-    watch:Callable|None=None, # gets the number of steps done and the model in eval mode, while it trains
+    watch:Callable|None=None, # gets the number of steps done and the model in eval mode; not for steps done before a resume
     watch_every:int=1000,  # steps
     **loop,                # further arguments of `Loop`, such as `checkpoint_every`
 )->list:                   # one row of step, loss and accuracy per logged step
     "Train a generator on tokens (RAR, section 4.1)."
+    if watch_every < 1: raise ValueError(f"watch_every must be at least 1, got {watch_every}")
     here, store = Processes(precision), Tokens(*store) if isinstance(store, tuple) else store
     optimizer = torch.optim.AdamW(decay_groups(model.to(here.device), weight_decay), lr, betas, fused=True)
     config = dict(model.config, batch_size=batch_size, lr=lr, betas=betas, clip=clip, warmup=warmup,

@@ -8,7 +8,7 @@ __all__ = ['FORMULAS', 'BATCH', 'LOWER', 'UPPER', 'FINISHED', 'SOURCES', 'CODEC_
            'image_step', 'quantizer_step', 'build_generator', 'generator_step', 'sample', 'sampling_reads',
            'making_step', 'Stage', 'list_stages', 'Machine', 'memory_of', 'largest_batch', 'hours_of', 'plan']
 
-# %% ../nbs/06_plan.ipynb #07380471
+# %% ../nbs/06_plan.ipynb #105a8af1
 import json, math, warnings, weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from .metrics import Classifier, PerceptualDistance, load_lpips
 from .post_train import FAMILIES
 from .run import preset_sizes
 from .sampling import draw_tokens, guidance_weights
-from .tokenizer import SemanticTeacher, build_tokenizer
+from .tokenizer import ClassifierTeacher, SemanticTeacher, build_tokenizer
 
 # %% ../nbs/06_plan.ipynb #0db1f0e0
 _aten = torch.ops.aten
@@ -278,7 +278,7 @@ class Codec:
         code = 4*self.latent_shape[0] if self.codebook_size is None else 2 if self.codebook_size <= 2**16 else 4
         return dict(num_tokens=self.num_tokens, codebook_size=self.codebook_size, row_bytes=code*self.num_tokens + 16)
 
-# %% ../nbs/06_plan.ipynb #783abf7a
+# %% ../nbs/06_plan.ipynb #37cc617a
 @dataclass
 class Judges:
     "The losses of a preset on the meta device."
@@ -299,7 +299,7 @@ def build_judges(
 )->Judges:             # in the modes of training
     "Perceptual loss, adversary and teacher of a preset, without their weights."
     losses = dict(size['losses'])
-    perceptual, kind, has_teacher = (losses.pop(key, None) for key in ('perceptual', 'adversary', 'semantic'))
+    perceptual, kind, teaches = (losses.pop(key, None) for key in ('perceptual', 'adversary', 'semantic'))
     options = options | {key: value for key, value in losses.items() if kind == 'patch' or key != 'width'}
     with torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore') # LPIPS reads the weights of its linear layers, which are not kept
@@ -307,8 +307,9 @@ def build_judges(
             PerceptualDistance(Classifier(classes)) if perceptual else None)
         if kind == 'dino': adversary = Adversary(DINODiscriminator(pretrained=False), **options)
         else: adversary = build_adversary(kind, size['image_size'], **options)
-        teacher = SemanticTeacher(size['tokenizer']['code_dim'], size['image_size'],
-                                  pretrained=False) if semantic and has_teacher else None
+        dim, teacher = size['tokenizer']['code_dim'], None
+        if semantic and teaches == 'classifier': teacher = ClassifierTeacher(Classifier(classes), dim)
+        elif semantic and teaches: teacher = SemanticTeacher(dim, size['image_size'], pretrained=False)
     judges = Judges(ImageLoss(distance), adversary, teacher)
     for module in judges.modules: module.train()
     return judges

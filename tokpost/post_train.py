@@ -189,7 +189,7 @@ def post_train(
     decoder.eval().requires_grad_(False)
     return loop.rows
 
-# %% ../nbs/05_post_train.ipynb #5ba02ce0
+# %% ../nbs/05_post_train.ipynb #a03f79c3
 JUDGED = {'': None, 'clean': 1., 'generated': 0.} # sigma of the tokens that the adversary judges; None: the pairs
 
 def post_trained(
@@ -206,7 +206,7 @@ def post_trained(
     "A system's tokenizer after post-training; trained now, resumed, or read from disk."
     for name, value, known in (('trained', trained, ('decoder', 'adapters')), ('judged', judged, tuple(JUDGED))):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    counted = dict(count=count) if count else {}
+    counted = {} if count is None else dict(count=count)
     pairs = stored_pairs(run, system, evaluation.train, sigma, form, **counted)
     others = stored_pairs(run, system, evaluation.train, JUDGED[judged], 'direct', run.seed+1000) if judged else None
     training = dict(run.size['post_training'], **changes)

@@ -6,18 +6,21 @@
 __all__ = ['RECORD', 'KEPT_WITH', 'notebook_parameters', 'notebook_results', 'measuring_notebooks', 'element_results',
            'presets_with', 'check_result']
 
-# %% ../nbs/08_results.ipynb #0d337d04
-import ast, json
+# %% ../nbs/08_results.ipynb #c9a17fad
+import ast, hashlib, json
 from pathlib import Path
 from .run import PRESETS, project_root
 
-# %% ../nbs/08_results.ipynb #a2e1d4ef
+# %% ../nbs/08_results.ipynb #25a081f9
 def _tagged(path, tag):
     "Names and values that the cell with a tag assigns; None without such a cell."
     for cell in json.loads(Path(path).read_text(encoding='utf-8'))['cells']:
         if tag in cell['metadata'].get('tags', []):
-            lines = [line for line in ast.parse(''.join(cell['source'])).body if isinstance(line, ast.Assign)]
-            return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+            try:
+                lines = [line for line in ast.parse(''.join(cell['source'])).body if isinstance(line, ast.Assign)]
+                return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"{path}: the cell tagged {tag!r} must assign literals: {error}") from error
 
 def notebook_parameters(
     path:str|Path, # of a notebook
@@ -60,7 +63,7 @@ def presets_with(
     known = [*PRESETS, *sorted(p.name for p in folder.glob('*+*'))] # variants have folders of their own
     return [preset for preset in known if (folder/preset/f'{name}.json').exists()]
 
-# %% ../nbs/08_results.ipynb #00c85d31
+# %% ../nbs/08_results.ipynb #b22b631c
 RECORD = {'name': str, 'preset': str, 'seed': int, 'data': str, 'changes': dict, 'sizes': dict, 'processes': int,
           'precision': str, 'commit': str, 'python': str, 'versions': dict, 'device': str, 'threads': int,
           'seconds': (int, float), 'stages': dict, 'peak_memory_gib': (int, float)}
@@ -68,7 +71,8 @@ KEPT_WITH = '.csv', '.png'
 
 def _check_record(path):
     try: record = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f"{path} is no record: {error}; run its notebook again") from error
+    except (OSError, ValueError) as error: raise ValueError(f"{path} is no record: {error}; run its notebook again") from error
+    if not isinstance(record, dict): raise ValueError(f"{path} is no record but a {type(record).__name__}; run its notebook again")
     for key, kind in RECORD.items():
         if not isinstance(record.get(key), kind): raise ValueError(f"{path} must have an entry {key!r}, got {record.get(key)!r}")
     if record['preset'] != path.parent.name:
@@ -86,6 +90,10 @@ def check_result(
     files = [path.with_suffix(ending) for ending in KEPT_WITH if path.with_suffix(ending).exists()]
     if not files: raise ValueError(f"{path} must stand beside a table or a figure, got neither")
     for file in files: (_check_table if file.suffix == '.csv' else _check_picture)(file, columns)
+    for ending, digest in record.get('digests', {}).items():
+        file = path.with_suffix(ending)
+        if not file.exists() or hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() != digest:
+            raise ValueError(f"{file} must be the file that its record was written with; run its notebook again")
     return record
 
 def _check_table(path, columns):
@@ -103,5 +111,5 @@ def _check_picture(path, columns):
     from PIL import Image
     try:
         with Image.open(path) as picture: picture.load()
-    except OSError as error: raise ValueError(f"{path} is no picture: {error}") from error
+    except (OSError, SyntaxError) as error: raise ValueError(f"{path} is no picture: {error}") from error
     if min(picture.size) < 50: raise ValueError(f"{path} must be at least 50 pixels wide and high, got {picture.size}")

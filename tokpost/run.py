@@ -595,7 +595,7 @@ def environment()->dict: # commit, versions, device, threads
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads())
 
-# %% ../nbs/00_run.ipynb #061cd72c
+# %% ../nbs/00_run.ipynb #dd87f0cd
 class Run:
     "The sizes, folders and results of one notebook run."
     def __init__(self,
@@ -645,7 +645,7 @@ class Run:
         unit = 1 if sys.platform == 'darwin' else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return dict(name=self.name, step=os.getenv('TOKPOST_STEP', ''), preset=self.preset, seed=self.seed, data=self.data,
+        return dict(name=self.name, step=os.getenv('TOKPOST_STEP', ''), execution=os.getenv('TOKPOST_EXECUTION', ''), preset=self.preset, seed=self.seed, data=self.data,
                     changes=self.changes, sizes=self.size, processes=self.here.world,
                     precision=self.here.precision, **environment(),
                     seconds=round(time.perf_counter()-self.began, 1), stages=stages,
@@ -653,10 +653,13 @@ class Run:
 
     def _save(self, ending, write, name, about):
         if not self.here.is_main: return
-        stem = (name or self.name) + self.suffix
-        record = json.dumps(dict(self.record(), **about), indent=1)
-        write_atomic(self.out/f'{stem}.json', lambda path: path.write_text(record))
-        return write_atomic(self.out/f'{stem}.{ending}', write)
+        path = self.out/f'{(name or self.name) + self.suffix}.{ending}'
+        write_atomic(path, write)
+        kept = [file for file in map(path.with_suffix, ('.csv', '.png')) if file.exists()]
+        digests = {file.suffix: hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in kept}
+        record = json.dumps(dict(self.record(), **about, digests=digests), indent=1)
+        write_atomic(path.with_suffix('.json'), lambda beside: beside.write_text(record))
+        return path
 
     def save_table(self,
         table,         # pandas DataFrame, one row per configuration

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'perturbed_distance', 'tokenizer_scores', 'generator_scores', 'over_seeds', 'paired_difference', 'verdict']
 
-# %% ../nbs/08_scores.ipynb #f76a602f
+# %% ../nbs/08_scores.ipynb #fa5c0484
 import math
 import torch
 from .evaluate import Evaluation, forget_partial, generation_scores, reconstruction_scores
 from .pfid import latent_pfid, pfid, residual_pfid
-from .run import Run
+from .run import Run, claim
 from .tokens import generated_tokens
 
-# %% ../nbs/08_scores.ipynb #200f7b97
+# %% ../nbs/08_scores.ipynb #6df8170e
 def perturbed_distance(
     tokenizer, # discrete, residual or continuous
 )->tuple:      # name of its form of pFID, and the function
@@ -39,11 +39,12 @@ def tokenizer_scores(
         found = measure(tokenizer, evaluation.batches('validation'), evaluation.network, seed=run.seed,
                         reference=evaluation.statistics('validation'), folder=folder/'partial')
         return dict(scores, **{key: getattr(found, key)}, cells=found.to_rows())
-    scores = run.scores(folder, make)
-    forget_partial(folder/'partial')
+    with claim(folder/'.lock', run.here):
+        scores = run.scores(folder, make)
+        forget_partial(folder/'partial')
     return scores
 
-# %% ../nbs/08_scores.ipynb #6331f1df
+# %% ../nbs/08_scores.ipynb #65d4c8b8
 def generator_scores(
     run:Run,               # names the folder; its seed draws
     evaluation:Evaluation, # reference images, feature network
@@ -60,28 +61,33 @@ def generator_scores(
     def make():
         tokens = generated_tokens(run, system.generator, made_by['generator'], labels, sampling)
         return generation_scores(evaluation, evaluation.generated_features(system.tokenizer.decode, tokens, decoder))
-    return run.scores(folder, make)
+    with claim(folder/'.lock', run.here): return run.scores(folder, make)
 
-# %% ../nbs/08_scores.ipynb #09bf7f40
+# %% ../nbs/08_scores.ipynb #e2218d2a
 def over_seeds(
     rows,         # DataFrame, one row per configuration and seed
     by:str|list,  # columns that name a configuration
     metrics:list, # columns of numbers
 ):                # DataFrame: per configuration, in order, mean and deviation (`_sd`) of each metric, and n
     "Means over seeds, and the deviation of one seed from them."
-    groups = rows.groupby(by, sort=False)
+    groups = rows.groupby(by, sort=False, dropna=False)
     table = groups[metrics].agg(['mean', 'std'])
     table.columns = [metric + dict(mean='', std='_sd')[kind] for metric, kind in table.columns]
     return table.assign(n=groups.size()).reset_index()
 
 def paired_difference(
-    values,         # (n,) a metric, one value per seed
-    control,        # (n,) the same of the control, seed by seed
+    values,         # (n,) a metric, one value per seed; Series are paired by their index
+    control,        # (n,) the same of the control
     level:float=.95,# coverage of the interval
 )->dict:            # difference (values - control), difference_sd, low, high, p, n
     "Mean difference over seeds, with the interval and the p-value of Student's t."
     import numpy as np
     from scipy.stats import ttest_1samp
+    if not 0 < level < 1: raise ValueError(f"level must be in (0, 1), got {level}")
+    if hasattr(values, 'loc') and hasattr(control, 'loc') and list(values.index) != list(control.index):
+        if set(values.index) != set(control.index) or values.index.has_duplicates:
+            raise ValueError(f"values and control must be of the same seeds, got {[*values.index]} and {[*control.index]}")
+        control = control[values.index]
     values, control = (np.asarray(x, dtype=float) for x in (values, control))
     if values.shape != control.shape or values.ndim != 1 or not len(values):
         raise ValueError(f"values and control must be one number per seed, got shapes {values.shape} and {control.shape}")
@@ -94,14 +100,15 @@ def paired_difference(
     low, high = found.confidence_interval(level)
     return dict(row, low=float(low), high=float(high), p=float(found.pvalue))
 
-# %% ../nbs/08_scores.ipynb #5509ee62
+# %% ../nbs/08_scores.ipynb #3e7fdcb6
 VERDICTS = 'holds', 'does not hold', 'undecided', 'not run'
 
 def verdict(
     low:float,  # of the interval of what is claimed to be above 0
     high:float, # of that interval
     n:int=3,    # seeds
-)->str:         # one of `VERDICTS`
+)->str:         # one of `VERDICTS`, but for the last
     "What an interval says of a claim."
+    if low > high: raise ValueError(f"low must be at most high, got {low} and {high}")
     if n < 3 or not (math.isfinite(low) and math.isfinite(high)) or low <= 0 <= high: return 'undecided'
     return 'holds' if low > 0 else 'does not hold'

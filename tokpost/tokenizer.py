@@ -271,7 +271,7 @@ def train_tokenizer(
     tokenizer.eval()
     return loop.rows
 
-# %% ../nbs/03_tokenizer.ipynb #5d6e2178
+# %% ../nbs/03_tokenizer.ipynb #524148e1
 def _teacher(run, evaluation, semantic, code_dim, downloaded):
     "The teacher of the semantic loss that a preset names."
     if semantic not in ('dino', 'classifier'):
@@ -292,13 +292,13 @@ def main_trained(
     size, losses = run.size, run.size['losses'] | (losses or {})
     if losses.get('semantic') is None: losses.pop('semantic', None)
     about = dict(size['tokenizer'], **tokenizer_changes)
-    perturbation = size['perturbation'] | (perturbed if isinstance(perturbed, dict) else {}) if perturbed else None
+    perturbation = None if perturbed is False else size['perturbation'] | (perturbed if isinstance(perturbed, dict) else {})
     tokenizer = build_tokenizer(size['image_size'], seed=fold(run.seed, 'tokenizer'), **about)
     semantic, downloaded = losses.get('semantic'), losses.get('pretrained', True)
     teacher = _teacher(run, evaluation, semantic, about['code_dim'], downloaded) if semantic else None
     adversary = named_adversary(losses, size['image_size'], fold(run.seed, 'adversary'))
     folder = run.folder('tokenizer', **about, losses=losses, perturbation=perturbation, **size['main_training'])
-    schedule = PerturbationSchedule(**perturbation) if perturbed else None
+    schedule = PerturbationSchedule(**perturbation) if perturbation else None
     train_tokenizer(tokenizer, evaluation.train, image_loss=ImageLoss(evaluation.perceptual),
                     adversary=adversary, perturbation=schedule, teacher=teacher, seed=run.seed, folder=folder,
                     precision=run.here.precision, **size['main_training'])

@@ -1,8 +1,9 @@
 "One command for all notebooks: what runs, what is skipped, and what a failure or an interruption leaves."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 import tokpost.reproduce
+from tokpost.results import check_result, notebook_results
 from tokpost.reproduce import check, code_of, imported_modules, main, reason_to_run, reproduce, steps
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +31,9 @@ def project(tmp_path, monkeypatch):
         (tmp_path/f'tokpost/{name}.py').write_text(text)
     write(tmp_path/'nbs/10_first.ipynb', 'from tokpost.upper import x', TABLE)
     write(tmp_path/'nbs/11_second.ipynb', TABLE.replace('table', 'second').replace('save_second', 'save_table'))
-    def execute(step, output, threads=1, children=()):
+    def execute(step, output, token, threads=1, children=None):
         output.write_text(step.path.read_text())
+        monkeypatch.setenv('TOKPOST_EXECUTION', token)
         space = dict()
         monkeypatch.chdir(step.path.parent)
         monkeypatch.setenv('TOKPOST_STEP', step.name)
@@ -107,6 +109,60 @@ def test_step_without_results_or_with_a_broken_one_fails(project):
     write(project/'nbs/10_first.ipynb', TABLE.replace("dict(a=['x'], b=[1.5])", "dict(a=[], b=[])"))
     assert 'table.csv must have rows, got none' in reproduce('smoke', root=project)[0].note
 
+def test_results_of_an_earlier_execution_do_not_count(project):
+    reproduce('smoke', root=project)
+    write(project/'nbs/10_first.ipynb', 'pass')
+    assert 'wrote none of the results' in reproduce('smoke', root=project)[0].note
+    assert check(steps('smoke', root=project), project) == []
+
+def test_damage_is_named_and_the_rest_runs(project):
+    "A notebook that cannot be read, a state and a record of another shape, no git."
+    reproduce('smoke', root=project)
+    write(project/'nbs/10_first.ipynb', 'for x in')
+    (project/'runs/smoke/reproduce/11_second.json').write_text('{}')
+    (project/'figures/smoke/table.json').write_text('[]')
+    outcomes = reproduce('smoke', root=project)
+    assert status(outcomes) == ['failed', 'ran'] and 'invalid syntax' in outcomes[0].note
+    assert 'is no record but a list' in check(steps('smoke', root=project), project)[0]
+
+def test_without_git_nothing_is_compared(project, monkeypatch):
+    reproduce('smoke', root=project)
+    def absent(*args, **options): raise FileNotFoundError('git')
+    monkeypatch.setattr(subprocess, 'run', absent)
+    assert reproduce('smoke', root=project)[0].note == 'git is not here to compare with'
+
+def test_table_without_its_record_is_found_out(project):
+    "As a kill between the two leaves them."
+    reproduce('smoke', root=project)
+    (project/'figures/smoke/table.csv').write_text('a,b\nx,9\n')
+    fault, = check(steps('smoke', root=project), project)
+    assert 'must be the file that its record was written with' in fault
+
+def test_one_command_at_a_time(project):
+    command = ('import time; from tokpost.reproduce import _alone; from pathlib import Path\n'
+               f'with _alone("smoke", Path({str(project)!r})): print("held", flush=True); time.sleep(60)')
+    environ = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    other = subprocess.Popen([sys.executable, '-c', command], env=environ, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == 'held\n'
+    with pytest.raises(ValueError, match="another tokpost-reproduce is at work on preset 'smoke'"): reproduce('smoke', root=project)
+    other.kill()
+    other.wait()
+    assert status(reproduce('smoke', root=project)) == ['ran', 'ran']
+
+@pytest.mark.parametrize('parameters, said', [
+    (dict(out='../elsewhere'), 'out must be a folder under'), (dict(seedz=2), r"parameter must be one of \['data', 'out'\], got 'seedz'"),
+    (dict(family='masked'), "got 'family'"), (dict(preset='full'), "got 'preset'")])
+def test_parameters_are_checked_before_anything_runs(project, parameters, said):
+    with pytest.raises(ValueError, match=said): reproduce('smoke', root=project, parameters=parameters)
+
+def test_an_empty_folder_is_no_project(tmp_path):
+    with pytest.raises(ValueError, match='no notebook with a preset'): steps('smoke', root=tmp_path)
+
+def test_other_folder_of_results_is_another_step(project):
+    reproduce('smoke', root=project)
+    assert status(reproduce('smoke', root=project, parameters=dict(out='other'))) == ['ran', 'ran']
+    assert status(reproduce('smoke', root=project)) == ['up to date', 'up to date']
+
 def test_results_of_other_steps_do_not_count(project):
     "Foreign files, of another notebook or copied from another preset."
     reproduce('smoke', root=project)
@@ -120,10 +176,10 @@ def test_results_of_other_steps_do_not_count(project):
 
 def test_other_images_are_another_step(project):
     reproduce('smoke', root=project)
-    assert status(reproduce('smoke', root=project, data='mnist')) == ['ran', 'ran']
+    assert status(reproduce('smoke', root=project, parameters=dict(data='mnist'))) == ['ran', 'ran']
     assert (project/'figures/smoke/table_mnist.csv').exists()
-    assert status(reproduce('smoke', root=project)) == status(reproduce('smoke', root=project, data='mnist')) == ['up to date']*2
-    assert check(steps('smoke', root=project, data='mnist'), project) == []
+    assert status(reproduce('smoke', root=project)) == status(reproduce('smoke', root=project, parameters=dict(data='mnist'))) == ['up to date']*2
+    assert check(steps('smoke', root=project, parameters=dict(data='mnist')), project) == []
 
 def test_those_that_read_results_run_last(project, monkeypatch):
     RESULTS['90_claims'] = 'claims'
@@ -151,7 +207,15 @@ def test_interruption_stops_and_goes_on(project, monkeypatch):
         yield next(whole(waiting))
         raise KeyboardInterrupt
     monkeypatch.setattr(tokpost.reproduce, 'as_completed', stopped)
-    assert status(reproduce('smoke', root=project)) == ['ran', 'interrupted']
+    begun, execute = [], tokpost.reproduce.execute_notebook
+    def slow(step, *args):
+        begun.append(step.name)
+        if step.name == '11_second': time.sleep(.5) # until it is stopped
+        return execute(step, *args)
+    monkeypatch.setattr(tokpost.reproduce, 'execute_notebook', slow)
+    write(project/'nbs/12_third.ipynb', TABLE.replace('table', 'third').replace('save_third', 'save_table'), results={'third': ('', '')})
+    outcomes = reproduce('smoke', root=project)
+    assert status(outcomes)[0] == 'ran' and outcomes[2].status == 'not started' and '12_third' not in begun
     monkeypatch.setattr(tokpost.reproduce, 'as_completed', whole)
     assert reproduce('smoke', root=project)[0].status == 'up to date'
 
@@ -179,6 +243,34 @@ def test_command(project, monkeypatch, capsys):
     assert '11_second  ran' in capsys.readouterr().out and (project/'elsewhere/smoke/second.csv').exists()
     write(project/'nbs/10_first.ipynb', '1/0')
     assert main([]) == 1
+
+# ---------------------------------------------------------------------------------------------------------------- the project's own notebooks
+
+SCHEMA = json.loads((ROOT/'tests/results.json').read_text()) # name of a table -> its columns
+
+def declared(): return {name: step for step in steps('smoke', root=ROOT) for name in notebook_results(step.path)}
+
+@pytest.fixture(scope='module')
+def smoke():
+    "The command at its smallest preset, as a user runs it; whether the photographs of notebook 15 are there is up to the machine."
+    done = subprocess.run([sys.executable, '-c', 'import sys; from tokpost.reproduce import main; sys.exit(main(["--jobs", "2"]))'],
+                          cwd=ROOT, env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])), text=True, capture_output=True)
+    return done
+
+def test_every_notebook_runs(smoke):
+    assert smoke.returncode == 0, smoke.stdout + smoke.stderr[-2000:]
+    rows = {line.split()[0]: line for line in smoke.stdout.splitlines()}
+    for step in steps('smoke', root=ROOT): assert re.match(rf'{step.name} +(ran|up to date) ', rows[step.name]), rows[step.name]
+
+def test_every_result_has_its_schema(smoke):
+    photographs = (ROOT/'figures/smoke/coda_taef2.json').exists()
+    absent = {'coda_small', 'coda_small_levels'} if photographs else {'coda_taef2', 'coda_taef2_levels'}
+    tables = {path.stem for path in (ROOT/'figures/smoke').glob('*.csv')} & set(declared())
+    assert set(SCHEMA) - tables <= absent | {'coda_small', 'coda_small_levels'}
+    for name in set(declared()) - absent:
+        about = check_result(ROOT/f'figures/smoke/{name}.json', SCHEMA.get(name))
+        assert about['preset'] == 'smoke' and about['commit'] and about['step'] in {step.name for step in steps('smoke', root=ROOT)}
+    assert tables <= set(SCHEMA), 'a table without a schema'
 
 SLOW = "import time\nopen('../begun', 'w').close()\ntime.sleep(600)"
 

@@ -307,7 +307,7 @@ def build_judges(
             PerceptualDistance(Classifier(classes)) if perceptual else None)
         if kind == 'dino': adversary = Adversary(DINODiscriminator(pretrained=False), **options)
         else: adversary = build_adversary(kind, size['image_size'], **options)
-        dim, teacher = size['tokenizer']['code_dim'], None
+        teacher, dim = None, size['tokenizer']['code_dim'] if semantic else 0
         if semantic and teaches == 'classifier': teacher = ClassifierTeacher(Classifier(classes), dim)
         elif semantic and teaches: teacher = SemanticTeacher(dim, size['image_size'], pretrained=False)
     judges = Judges(ImageLoss(distance), adversary, teacher)

@@ -201,6 +201,15 @@ def test_code_that_changes_while_a_notebook_runs_makes_it_stale(project, monkeyp
     reproduce('smoke', root=project)
     assert reason_to_run(steps('smoke', root=project)[0], project) == 'its code, sizes or parameters changed'
 
+def test_the_longest_starts_first(project, monkeypatch):
+    reproduce('smoke', root=project)
+    record = project/'figures/smoke/second.json'
+    record.write_text(json.dumps(json.loads(record.read_text()) | dict(seconds=600.)))
+    order, execute = [], tokpost.reproduce.execute_notebook
+    monkeypatch.setattr(tokpost.reproduce, 'execute_notebook', lambda step, *args: order.append(step.name) or execute(step, *args))
+    assert [outcome.name for outcome in reproduce('smoke', force=True, root=project)] == ['10_first', '11_second']
+    assert order == ['11_second', '10_first']
+
 def test_interruption_stops_and_goes_on(project, monkeypatch):
     whole = tokpost.reproduce.as_completed
     def stopped(waiting):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REPEATED', 'LAST', 'GIVEN', 'Step', 'steps', 'imported_modules', 'code_of', 'others_tables',
            'step_fingerprint', 'Outcome', 'written_by', 'last_run', 'reason_to_run', 'table_difference', 'since_commit',
-           'Children', 'execute_notebook', 'run_step', 'number_of_jobs', 'reproduce', 'summary', 'check', 'main']
+           'Children', 'execute_notebook', 'run_step', 'expected_minutes', 'number_of_jobs', 'reproduce', 'summary',
+           'check', 'main']
 
 # %% ../nbs/09_reproduce.ipynb #e0621000
 import argparse, ast, csv, hashlib, io, json, math, os, signal, subprocess, sys, threading, time, uuid
@@ -301,7 +302,7 @@ def run_step(
     except InterruptedError: return outcome('interrupted', 'the same command goes on from here')
     except Exception as error: return outcome('failed', ' '.join(f'{type(error).__name__}: {error}'.split())[:300])
 
-# %% ../nbs/09_reproduce.ipynb #3f6c08b8
+# %% ../nbs/09_reproduce.ipynb #fcba1777
 @contextmanager
 def _undisturbed():
     "Signals wait until what stops the children is done."
@@ -342,6 +343,18 @@ def _known(step, root):
     if why: return why, None
     last = last_run(step, root)
     return '', Outcome(step.name, 'up to date', last['seconds'], since_commit(last['files'], root), last['files'])
+
+def expected_minutes(
+    step:Step, # a notebook and its parameters
+    root:Path, # of the project
+)->int:        # 0 where nothing is known
+    "How long a step took when it wrote the results that are on disk."
+    seconds = [0]
+    for name in notebook_results(step.path):
+        with suppress(OSError, ValueError, AttributeError, TypeError): # a record that others will refuse
+            record = json.loads((_results_folder(step, root)/f'{name}{step.result_suffix}.json').read_text(encoding='utf-8'))
+            if record.get('step') == step.name: seconds.append(record['seconds'])
+    return round(max(seconds)/60)
 
 def number_of_jobs(
     preset:str, # a key of `PRESETS`, variants included
@@ -392,6 +405,7 @@ def reproduce(
                     bar.write(f'{step.name}: {why}', file=sys.stderr)
                     todo.append(step)
             if todo:
+                todo.sort(key=lambda step: -expected_minutes(step, root)) # the longest first, so that it is not waited for
                 found, on = _run_together(todo, root, at_once, max(1, _cores()//at_once), bar)
                 outcomes |= found
     return [outcomes[step.name] for step in plan]

@@ -281,6 +281,12 @@ def test_every_result_has_its_schema(smoke):
         assert about['preset'] == 'smoke' and about['commit'] and about['step'] in {step.name for step in steps('smoke', root=ROOT)}
     assert tables <= set(SCHEMA), 'a table without a schema'
 
+def test_committed_results_are_complete():
+    "Those of the laptop preset, with the columns of the schema."
+    assert check(steps('laptop', root=ROOT), ROOT) == []
+    for name in SCHEMA:
+        if (ROOT/f'figures/laptop/{name}.csv').exists(): check_result(ROOT/f'figures/laptop/{name}.csv', SCHEMA[name])
+
 SLOW = "import time\nopen('../begun', 'w').close()\ntime.sleep(600)"
 
 def test_terminated_command_leaves_nothing_at_work(tmp_path):

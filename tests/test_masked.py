@@ -5,7 +5,7 @@ from scipy.stats import beta, binom, kstest
 from torch import nn
 from tokpost.data import TokenStore, make_token_store
 from tokpost.masked import (SCHEDULES, Codes, MaskedTransformer, Places, SkipTransformer, fill_tokens, guided_logits,
-                            masked_loss, masked_share, random_mask, sample_tokens, train_masked, trained_masked,
+                            masked_loss, masked_share, random_mask, rows_at_once, sample_tokens, train_masked, trained_masked,
                             unmask_counts)
 from tokpost.networks import decay_groups
 from tokpost.run import Run
@@ -306,6 +306,19 @@ def test_counts_kept_tokens_and_range(options, sampling, labels):
             found = torch.bincount(steps[b][~kept[b]], minlength=total).tolist()
             assert found == counts_by_hand(int((~kept[b]).sum()), total, SHARES['cosine'])
         assert torch.equal(drawn, model.sample(labels, true, sigma, rng(), **sampling))
+
+@variants
+def test_images_are_sampled_some_at_a_time(options, labels):
+    "As many as the bound on logits allows; which are together decides the draws, and nothing else."
+    model, seen = random_model(**options), []
+    true, greedy = some_tokens(model), dict(temperature=1e-4, choice_temperature=0., guidance_scale=2.)
+    model.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
+    chunk = 2*2*model.num_tokens*K
+    drawn, steps = model.sample(labels, true, .5, rng(), return_steps=True, chunk=chunk, **greedy)
+    assert rows_at_once(model, 2., chunk) == 2 and max(seen) == 4
+    for found, whole in zip((drawn, steps), model.sample(labels, true, .5, rng(), return_steps=True, **greedy)): assert torch.equal(found, whole)
+    one = model.sample(labels, true, .5, rng(), chunk=1, **greedy)
+    assert torch.equal(one, drawn) and seen[-1] == 2
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_schedule_of_sampling(schedule, labels):

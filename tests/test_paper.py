@@ -333,7 +333,7 @@ def mixed(table):
     "Columns of results that hold a value of the papers, or a text that names them."
     for column in table:
         if column.startswith('paper'): continue # a column of their own is theirs
-        if column in SCORES | {'clean', 'perturbed', 'inception_score'} and table[column].dtype == float and table[column].isin(PRINTED).any(): yield column
+        if column in SCORES | {'plain', 'robust', 'inception_score'} and table[column].dtype == float and table[column].isin(PRINTED).any(): yield column
         if table[column].astype(str).str.contains(r'arXiv|\bpapers?\b', case=False, regex=True).any(): yield column
 
 

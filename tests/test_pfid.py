@@ -244,6 +244,33 @@ def test_complete_agreement_of_ranks_has_no_interval():
     row = correlation(range(6), [0, 1, 4, 9, 16, 25])[1]
     assert row['value'] == 1 and np.isnan(row['low']) and row['p'] == pytest.approx(2/720)
 
+def test_within_groups_is_the_correlation_of_deviations(columns):
+    x, baseline, y = columns
+    groups = np.array(list('aaaabbbbccc'))
+    def apart(column): return column - np.array([column[groups == group].mean() for group in groups])
+    rows = {row['coefficient']: row for row in correlation(x, y, groups=groups)}
+    assert rows['Pearson']['value'] == pytest.approx(scipy.stats.pearsonr(apart(x), apart(y)).statistic)
+    assert rows['Spearman']['value'] == pytest.approx(scipy.stats.spearmanr(apart(x), apart(y)).statistic)
+    shift = np.array([dict(a=0., b=5., c=-9.)[group] for group in groups])
+    moved = correlation(x + shift, y - shift, groups=groups)[0]
+    assert [moved[key] for key in ('value', 'low', 'high', 'p')] == pytest.approx([rows['Pearson'][key] for key in ("value", "low", "high", "p")], rel=1e-4)
+    gain = correlation_gain(x, baseline, y, groups=groups)[0]
+    assert gain['value'] == pytest.approx(rows['Pearson']['value'] - correlation(baseline, y, groups=groups)[0]['value'])
+
+def test_interval_within_groups_covers():
+    draw, inside, groups = np.random.default_rng(2), 0, np.repeat([0, 1, 2], 7)
+    for _ in range(100):
+        x = draw.standard_normal(21)
+        y, far = .7*x + .51**.5*draw.standard_normal(21), 10*groups
+        row = correlation(x + far, y - far, resamples=400, groups=groups)[0]
+        inside += row['low'] <= .7 <= row['high']
+    assert inside >= scipy.stats.binom.ppf(1e-4, 100, .9)
+
+@pytest.mark.parametrize('groups', [[1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6], [1, 1, 1]])
+def test_groups_that_say_nothing_are_named(columns, groups):
+    with pytest.raises(ValueError, match='groups must name one group for each of 11 tokenizers, 3 in some group'):
+        correlation(columns[0], columns[2], groups=groups)
+
 @pytest.mark.parametrize('n', [4, 5])
 def test_few_points_still_have_an_interval(n):
     x, y = np.array([0., 1, 2, 3, 4])[:n], np.array([0., 2, 1, 4, 3])[:n]

@@ -280,6 +280,19 @@ def test_rows_add_up(full):
         assert (row['family'], row['after']) in full[0]
 
 
+@pytest.mark.parametrize('preset', ['full', 'full+rar-l', 'full+coda-16384', 'full+coda-flux'])
+def test_full_preset_fits_as_it_runs(full, preset):
+    "On eight GPUs of 80 GiB; the preset itself names what goes through a model at once where a process's share is too much."
+    rows, sizes = full[0] if preset == 'full' else by_stage(plan(preset, gpus=8)), preset_sizes(preset)
+    names = {'main training': 'main_training', 'post-training': 'post_training', 'adaptation': 'coda_training', 'quantizer': 'coda_quantizer_training'}
+    for (family, stage), row in rows.items():
+        assert row['memory_gib'] < 72, (family, stage)
+        if not row['steps']: continue
+        name = names.get(stage, 'generator_training' if family == 'autoregressive' else f'{family}_training')
+        share = sizes[name]['batch_size']//8
+        assert row['micro_batch_size'] == min(share, sizes[name].get('micro_batch_size', share))
+
+
 # A machine
 
 def test_hours():

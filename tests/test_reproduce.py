@@ -1,10 +1,10 @@
 "One command for all notebooks: what runs, what is skipped, and what a failure or an interruption leaves."
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
-import nbformat, pytest
+import nbformat, pandas as pd, pytest
 import tokpost.reproduce
 from tokpost.results import check_result, notebook_results
-from tokpost.reproduce import check, code_of, imported_modules, main, reason_to_run, reproduce, steps
+from tokpost.reproduce import HISTORY, check, code_of, imported_modules, main, reason_to_run, reproduce, steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,6 +252,21 @@ def test_command(project, monkeypatch, capsys):
     assert '11_second  ran' in capsys.readouterr().out and (project/'elsewhere/smoke/second.csv').exists()
     write(project/'nbs/10_first.ipynb', '1/0')
     assert main([]) == 1
+    capsys.readouterr()
+    write(project/'nbs/10_first.ipynb', TABLE)
+    assert main([]) == main([]) == 0
+    history = pd.read_csv(project/'figures/smoke'/HISTORY)
+    assert history[['ran', 'up_to_date', 'others']].values.tolist() == [[1, 0, 1], [1, 1, 0], [0, 2, 0]]
+    assert (history.stages_before == 0).all() and (history.seconds < 60).all()
+
+def test_results_of_sizes_that_the_preset_had_once_are_refused(project):
+    reproduce('smoke', root=project)
+    record = project/'figures/smoke/table.json'
+    about = json.loads(record.read_text())
+    about['sizes']['main_training']['steps'] += 1
+    record.write_text(json.dumps(about))
+    fault, = check(steps('smoke', root=project), project)
+    assert "must be of the preset's sizes, got" in fault and 'main_training.steps' in fault
 
 # ---------------------------------------------------------------------------------------------------------------- the project's own notebooks
 
@@ -265,6 +280,11 @@ def smoke():
     done = subprocess.run([sys.executable, '-c', 'import sys; from tokpost.reproduce import main; sys.exit(main(["--jobs", "2"]))'],
                           cwd=ROOT, env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])), text=True, capture_output=True)
     return done
+
+@pytest.fixture(scope='module')
+def committed():
+    "Records of the laptop preset."
+    return {path.stem: json.loads(path.read_text()) for path in (ROOT/'figures/laptop').glob('*.json')}
 
 def test_every_notebook_runs(smoke):
     assert smoke.returncode == 0, smoke.stdout + smoke.stderr[-2000:]
@@ -286,6 +306,15 @@ def test_committed_results_are_complete():
     assert check(steps('laptop', root=ROOT), ROOT) == []
     for name in SCHEMA:
         if (ROOT/f'figures/laptop/{name}.csv').exists(): check_result(ROOT/f'figures/laptop/{name}.csv', SCHEMA[name])
+
+def test_committed_results_come_from_the_command(committed):
+    names = {step.name for step in steps('laptop', root=ROOT)}
+    for name, about in committed.items(): assert about['step'] in names and about['execution'] and '+' not in about['commit'], name
+
+def test_history_of_the_committed_results():
+    rows = pd.read_csv(ROOT/'figures/laptop'/HISTORY)
+    whole = rows[rows.others == 0]
+    assert len(rows) and whole.seconds[whole.stages_before == 0].min() < 90*60 and whole.seconds[whole.ran == 0].min() < 2*60
 
 SLOW = "import time\nopen('../begun', 'w').close()\ntime.sleep(600)"
 

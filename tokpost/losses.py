@@ -58,17 +58,18 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images): return self.body(images).flatten(1)  # (B, patches) logits
 
 # %% ../nbs/01_losses.ipynb #e77a34c2
+def _group(batch): # images that are normalised together
+    return next((size for size in (8, 4) if batch % size == 0), batch)
+
 class _LocalBatchNorm(nn.Module):
-    "Batch normalisation over groups of eight images."
-    def __init__(self, channels, group=8):
+    "Batch normalisation over groups of eight images, of four where eight do not divide the batch."
+    def __init__(self, channels):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.group = group
 
     def forward(self, x):  # (B, C, L)
         B, C, L = x.shape
-        groups = B//self.group if B % self.group == 0 else 1
-        y = x.float().view(groups, -1, C, L)
+        y = x.float().view(-1, _group(B), C, L)
         variance, mean = torch.var_mean(y, dim=(1, 3), keepdim=True, correction=0)
         y = ((y-mean)*(variance+1e-6).rsqrt()).view(B, C, L)
         return y*self.weight[:, None] + self.bias[:, None]
@@ -309,9 +310,10 @@ def accumulate_gradients(
     tied = joint_loss is not None or adversary is not None and adversary.adaptive
     losses = dict(image_loss=image_loss, adversary=adversary, last_layer=last_layer)
     grouped = adversary is not None and any(isinstance(m, _LocalBatchNorm) for m in adversary.modules())
-    if len(parts) > 1 and grouped and any((rows.stop-rows.start) % 8 for rows, _ in parts):
-        raise ValueError(f"micro_batch_size must divide a batch of {len(images)} into multiples of 8, the groups of the "
-                         f"discriminator's normalisation, got {micro_batch_size}")
+    size = _group(len(images)) # that of every part, too
+    if len(parts) > 1 and grouped and any(_group(rows.stop-rows.start) != size for rows, _ in parts):
+        raise ValueError(f"micro_batch_size must divide a batch of {len(images)} into groups of {size} for the discriminator's "
+                         f"normalisation, got {micro_batch_size}")
     if len(parts) > 1 and tied: return _two_runs(forward, images, parts, ramp, joint_loss, moving, losses)
     for rows, share in parts:
         out = forward(rows)

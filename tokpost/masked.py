@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'masked_share', 'random_mask', 'Codes', 'SkipTransformer', 'Places', 'init_weights', 'MaskedTransformer',
-           'masked_loss', 'train_masked', 'unmask_counts', 'guided_logits', 'fill_tokens', 'sample_tokens',
-           'trained_masked']
+           'masked_loss', 'train_masked', 'unmask_counts', 'guided_logits', 'fill_tokens', 'rows_at_once',
+           'sample_tokens', 'trained_masked']
 
 # %% ../nbs/04_masked.ipynb #1d554338
 import hashlib, math
@@ -342,6 +342,14 @@ def fill_tokens(
     return tokens, steps
 
 # %% ../nbs/04_masked.ipynb #062518f7
+def rows_at_once(
+    model:MaskedTransformer,  # its tokens and codes
+    guidance_scale:float=1.,  # 1: one row per image, else two
+    chunk:int=2**30,          # logits in memory at once
+)->int:                       # images, at least 1
+    "Images that are sampled together."
+    return max(1, chunk//(model.num_tokens*model.codebook_size*(1 + (guidance_scale != 1))))
+
 def sample_tokens(
     model:MaskedTransformer,  # trained; its mode (training or evaluation) is restored
     labels:Tensor,            # (B,) long in 0..num_classes-1
@@ -359,28 +367,30 @@ def sample_tokens(
     coarse_first:float=0.,    # nats of confidence that a level has over the next finer one
     generator:torch.Generator|None=None, # `None` draws from torch's global generator
     return_steps:bool=False,  # return also the step that filled each token, -1 where kept
+    chunk:int=2**30,          # logits in memory at once, of rows with and without class together
 )->Tensor:                    # (B, N) long; with `return_steps` twice
     "Draw tokens by iterative decoding, with guidance and kept tokens (MaskGIT; RobusTok, section 3.3)."
     check_sampling(model, labels, indices, sigma, temperature, top_k, top_p)
     if not choice_temperature >= 0 or not math.isfinite(coarse_first):
         raise ValueError(f"choice_temperature must be at least 0 and coarse_first finite, "
                          f"got {choice_temperature} and {coarse_first}")
-    device, shape = model.mask_token.device, (len(labels), model.num_tokens)
+    device, rows = model.mask_token.device, rows_at_once(model, guidance_scale, chunk)
     race = torch.Generator(device).manual_seed(draw_seed(generator))
-    mask = ~preservation_mask(shape, sigma, generator).to(device)
+    mask = ~preservation_mask((len(labels), model.num_tokens), sigma, generator).to(device)
     counts = unmask_counts(mask.sum(1), steps, mask_schedule)
     weights = guidance_weights(guidance_scale, steps, guidance_power, guidance_schedule)
     bonus = coarse_first*(len(model.sides)-1 - level_ids(model.sides).to(device))
     def choose(t, logits):
         kept = filter_logits((logits/temperature).flatten(0, 1), top_k, top_p)
-        drawn = draw_tokens(kept, race).view(shape)
+        drawn = draw_tokens(kept, race).view(logits.shape[:2])
         confidence = logits.gather(-1, drawn[..., None])[..., 0] - logits.logsumexp(-1)
-        noise = -torch.empty(shape, device=device).exponential_(generator=race).clamp_min(1e-30).log()
+        noise = -torch.empty(drawn.shape, device=device).exponential_(generator=race).clamp_min(1e-30).log()
         return drawn, confidence + choice_temperature*(1-(t+1)/steps)*noise + bonus
-    tokens = torch.zeros(shape, dtype=torch.long) if indices is None else indices.long()
+    tokens = torch.zeros(mask.shape, dtype=torch.long) if indices is None else indices.long()
+    given = (x.split(rows) for x in (tokens.to(device), labels.to(device), mask, counts))
     with in_eval_mode(model):
-        tokens, when = fill_tokens(model, tokens.to(device), labels.to(device), mask, weights, counts,
-                                   choose)
+        found = [fill_tokens(model, *known, weights, count, choose) for *known, count in zip(*given)]
+    tokens, when = map(torch.cat, zip(*found))
     return (tokens, when) if return_steps else tokens
 
 # %% ../nbs/04_masked.ipynb #75145332

@@ -302,6 +302,22 @@ def _spearman(x, y, axis=-1):
 
 COEFFICIENTS = {'Pearson': _pearson, 'Spearman': _spearman}
 
+def _within(x, groups, axis=-1): # deviations from the mean of each group
+    for group in np.unique(groups):
+        here = groups == group
+        x = x - here*(x*here).sum(axis, keepdims=True)/np.maximum(here.sum(axis, keepdims=True), 1)
+    return x
+
+def _grouped(statistic, samples, groups):
+    "A statistic of deviations from group means, which every resample has anew, and its samples."
+    if groups is None: return statistic, samples
+    _, codes, members = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if len(codes) != len(samples[0]) or members.max() < 3:
+        raise ValueError(f"groups must name one group for each of {len(samples[0])} tokenizers, 3 in some group, got {len(codes)} "
+                         f"in groups of {members.tolist()}")
+    def within(*columns, axis=-1): return statistic(*(_within(x, columns[-1], axis) for x in columns[:-1]), axis)
+    return within, (*samples, codes.astype(float))
+
 # %% ../nbs/06_pfid.ipynb #4695322c
 def _interval(statistic, samples, level, resamples, seed):
     "(low, high) of the BCa bootstrap, NaN where all resamples agree."
@@ -338,14 +354,17 @@ def correlation(
     level:float=.95,    # coverage of the intervals
     resamples:int=9999, # of bootstrap and permutation
     seed:int=0,         # of both
+    groups=None,        # (n,) e.g. codebook sizes, to correlate deviations from the mean of each; None: the values
 )->list:                # rows of coefficient, value, low, high, p and n: Pearson and Spearman
     "Correlation of a metric with another, with its uncertainty (SciPy)."
     x, y = _columns(x=x, y=y)
     rows = []
     for name, fn in COEFFICIENTS.items():
-        low, high = _interval(fn, (x, y), level, resamples, seed)
-        rows.append(dict(coefficient=name, value=float(fn(x, y)), low=low, high=high,
-                         p=_pairing_p(fn, x, y, resamples, seed), n=len(x)))
+        statistic, samples = _grouped(fn, (x, y), groups)
+        low, high = _interval(statistic, samples, level, resamples, seed)
+        centred = (x, y) if groups is None else [_within(column, samples[2]) for column in (x, y)]
+        rows.append(dict(coefficient=name, value=float(statistic(*samples)), low=low, high=high,
+                         p=_pairing_p(fn, *centred, resamples, seed), n=len(x)))
     return rows
 
 # %% ../nbs/06_pfid.ipynb #b55e1f45
@@ -356,13 +375,15 @@ def correlation_gain(
     level:float=.95,    # coverage of the intervals
     resamples:int=9999, # of the bootstrap
     seed:int=0,         # of the bootstrap
+    groups=None,        # (n,) as in `correlation`
 )->list:                # rows of coefficient, value (x's minus the baseline's), low, high and n
     "How much better one metric correlates than another, over the same tokenizers."
-    samples = _columns(x=x, baseline=baseline, y=y)
+    columns = _columns(x=x, baseline=baseline, y=y)
     rows = []
     for name, fn in COEFFICIENTS.items():
         gain = lambda a, b, y, axis=-1: fn(a, y, axis) - fn(b, y, axis)
-        low, high = _interval(gain, samples, level, resamples, seed)
-        rows.append(dict(coefficient=name, value=float(gain(*samples)), low=low, high=high,
-                         n=len(samples[0])))
+        statistic, samples = _grouped(gain, columns, groups)
+        low, high = _interval(statistic, samples, level, resamples, seed)
+        rows.append(dict(coefficient=name, value=float(statistic(*samples)), low=low, high=high,
+                         n=len(columns[0])))
     return rows

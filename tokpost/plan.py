@@ -12,7 +12,7 @@ __all__ = ['FORMULAS', 'BATCH', 'LOWER', 'UPPER', 'FINISHED', 'SOURCES', 'CODEC_
 import json, math, warnings, weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from types import SimpleNamespace
 from unittest import mock
@@ -27,7 +27,7 @@ from .autoregressive import RAR, KVCache, token_loss
 from .coda import CODA, adapters, build_quantizer, inject_lora, inner_convolutions
 from .diffusion import SiT, flow_loss
 from .losses import Adversary, DINODiscriminator, ImageLoss, build_adversary, semantic_loss
-from .masked import MaskedTransformer, masked_loss, random_mask
+from .masked import MaskedTransformer, masked_loss, random_mask, rows_at_once
 from .metrics import Classifier, PerceptualDistance, load_lpips
 from .post_train import FAMILIES
 from .run import preset_sizes
@@ -629,6 +629,10 @@ def _tokenizer_stages(family, size, images, classes):
     yield learn('quantizer', 'latents', 'coda_quantizer_training', quantizer)
     yield learn('adaptation', 'quantizer', 'coda_training', cost(family, 'adaptation', *CODEC_KEYS['masked']))
 
+def _in_parts(cost, rest, guidance_scale, batch_size): # a batch of which some images at a time are sampled
+    rows = rows_at_once(SimpleNamespace(**cost.about), guidance_scale)
+    return cost if rows >= batch_size else replace(cost, fixed=cost.fixed + rows*cost.each, each=rest.each)
+
 def _stages(family, size, images, classes):
     "All stages of a family, in order."
     first, codec, pairs = list(_tokenizer_stages(family, size, images, classes)), CODEC_KEYS[family], size['pairs']
@@ -641,10 +645,14 @@ def _stages(family, size, images, classes):
     yield Stage(family, tokens, first[-1].name if first else '', cost, images*size['crops'][family], 256)
     cost = _generator_cost(**common, size=both, mask_ratio=training.get('mask_ratio', 'beta'))
     yield _learn(family, 'generator', tokens, cost, training, images)
-    cost = _making_cost(**common, size=both, sampled=True, decodes=1)
+    def sampling(batch_size, sigma=0., **work):
+        cost = _making_cost(**common, size=both, sampled=True, sigma=sigma, **work)
+        if family != 'masked': return cost
+        return _in_parts(cost, _making_cost(**common, size=alone, **work), size['masked_sampling']['guidance_scale'], batch_size)
+    cost = sampling(evaluation['batch_size'], decodes=1)
     yield Stage(family, 'samples', 'generator', cost, evaluation['samples'], evaluation['batch_size'])
     sigma = min(size['sigmas']) if family == 'diffusion' else 0.
-    cost = _making_cost(**common, size=both, sampled=True, encodes=2, decodes=1, sigma=sigma)
+    cost = sampling(pairs['batch_size'], sigma, encodes=2, decodes=1)
     yield Stage(family, 'pairs', 'generator', cost, pairs['count'], pairs['batch_size'])
     cost = _image_cost(**common, stage='post-training', size=_only(size, *codec, 'losses'))
     yield _learn(family, 'post-training', 'pairs', cost, size['post_training'], pairs['count'])
@@ -729,7 +737,8 @@ def _row(stage, machine, micro_batch_size):
         raise ValueError(f"gpus must divide the batch of {stage.name}, {stage.batch_size}, got {machine.gpus}")
     local = stage.batch_size//machine.gpus if learns else stage.batch_size
     fits = largest_batch(cost, machine.memory_gib)
-    chosen = micro_batch_size or stage.micro_batch_size or (local if local <= fits else max(1, fits))
+    whole = sum(memory_of(cost, local).values()) <= (1-RESERVE)*machine.memory_gib
+    chosen = micro_batch_size or stage.micro_batch_size or (local if whole else max(1, fits))
     batch = min(chosen, local) if learns else local
     flops, memory = stage.flops(repeated=batch < local), memory_of(cost, batch)
     hours, bound = hours_of(stage, flops, batch, machine)

@@ -9,7 +9,7 @@ __all__ = ['RECORD', 'KEPT_WITH', 'notebook_parameters', 'notebook_results', 'me
 # %% ../nbs/08_results.ipynb #c9a17fad
 import ast, hashlib, json
 from pathlib import Path
-from .run import PRESETS, project_root
+from .run import PRESETS, preset_sizes, project_root
 
 # %% ../nbs/08_results.ipynb #25a081f9
 def _tagged(path, tag):
@@ -77,7 +77,20 @@ def _check_record(path):
         if not isinstance(record.get(key), kind): raise ValueError(f"{path} must have an entry {key!r}, got {record.get(key)!r}")
     if record['preset'] != path.parent.name:
         raise ValueError(f"{path} must be of preset {path.parent.name!r}, got one of {record['preset']!r}")
+    if stale := _other_sizes(record):
+        raise ValueError(f"{path} must be of the preset's sizes, got {stale[1]!r} where {stale[0]} is {stale[2]!r}; run its notebook again")
     return record
+
+def _flat(sizes, path=''): # 'main_training.steps' -> 400
+    if not isinstance(sizes, dict): return {path: sizes}
+    return {key: value for name, part in sizes.items() for key, value in _flat(part, f'{path}.{name}' if path else name).items()}
+
+def _other_sizes(record): # the first size that is not the preset's of today: name, that of the record, that of the preset
+    today = json.loads(json.dumps(preset_sizes(record['preset'], record['changes']) | dict(data=record['data'])))
+    found, wanted = _flat(record['sizes']), _flat(today)
+    for name in wanted | found:
+        if not name.endswith('micro_batch_size') and found.get(name) != wanted.get(name):
+            return name, found.get(name), wanted.get(name)
 
 def check_result(
     path:str|Path,        # of a .json, .csv or .png file of a result

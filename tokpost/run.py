@@ -502,26 +502,26 @@ PRESETS['full'] = dict(
     tokenizer=dict(architecture='vit', codebook_size=4096, code_dim=64, pretrained=True),
     losses=dict(perceptual='lpips', adversary='dino', semantic='dino'),
     main_training=dict(steps=250_000, batch_size=1024, lr=2.4e-4, warmup=1250, final_lr=.21,
-                       discriminator_lr=8e-4, discriminator_start=.28, augment=True),
+                       discriminator_lr=8e-4, discriminator_start=.28, augment=True, micro_batch_size=64),
     perturbation=dict(alpha=1., beta=.1, delta=100),
     crops=dict(autoregressive=10, masked=10, diffusion=2),
     generator=dict(width=768, depth=24, heads=16),
-    generator_training=dict(steps=250_000, batch_size=2048, lr=4e-4, warmup=62_500, final_lr=.025),
+    generator_training=dict(steps=250_000, batch_size=2048, lr=4e-4, warmup=62_500, final_lr=.025, micro_batch_size=64),
     sampling=dict(guidance_scale=6., guidance_power=1.15, temperature=1.02),
     pairs=dict(count=200_000, batch_size=256),
-    post_training=dict(steps=7_800, batch_size=1024, lr=1.2e-4, warmup=195, discriminator_lr=4e-4),
+    post_training=dict(steps=7_800, batch_size=1024, lr=1.2e-4, warmup=195, discriminator_lr=4e-4, micro_batch_size=32),
     autoencoder=dict(pretrained='mar-kl16'), autoencoder_training=dict(steps=1_500_000, batch_size=64, lr=4.5e-6),
     coda=dict(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), codebook_size=65_536, attention_dim=32),
     coda_quantizer_training=dict(steps=20_000, batch_size=256, lr=5e-3),
     coda_training=dict(steps=50_050, batch_size=256, lr=5e-4, rank=32, posterior='sample', augment='crop'),
     masked=dict(width=768, depth=25, heads=8, tied=True),
-    masked_training=dict(steps=500_000, batch_size=2048, lr=4e-4, warmup=5000),
+    masked_training=dict(steps=500_000, batch_size=2048, lr=4e-4, warmup=5000, micro_batch_size=64),
     masked_sampling=dict(steps=32, guidance_scale=3.),
     diffusion=dict(width=1152, depth=28, heads=16, patch_size=1),
     diffusion_training=dict(steps=4_000_000, batch_size=256, lr=1e-4, warmup=0),
     diffusion_sampling=dict(steps=125, guidance_scale=1.5),
     evaluation=dict(features='inception', samples=50_000, batch_size=250, reference='adm-imagenet-256'),
-    sigmas=(1., .9, .8, .7), seeds=(0,), codebook_sizes=(1024, 4096, 16384))
+    sigmas=(1., .7, .9, .8), seeds=(0,), codebook_sizes=(1024, 4096, 8192, 16384))
 
 # %% ../nbs/00_run.ipynb #02222412
 VARIANTS = {
@@ -530,7 +530,8 @@ VARIANTS = {
     'coda-16384': {'coda.codebook_size': 16_384},
     'coda-flux': {'autoencoder': dict(pretrained='black-forest-labs/FLUX.1-dev', subfolder='vae'),
                   'coda.sides': (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 'coda_training.batch_size': 288,
-                  'coda_training.steps': 44_490, 'coda_training.match': ('conv1', 'conv2')},
+                  'coda_training.steps': 44_490, 'coda_training.micro_batch_size': 12, 'coda_training.match': ('conv1', 'conv2'),
+                  'masked_training.micro_batch_size': 32},
     'maskgit-8': {'masked_sampling.steps': 8}}
 
 # %% ../nbs/00_run.ipynb #72225e41

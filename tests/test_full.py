@@ -1,6 +1,5 @@
 "One optimisation step of every stage of the `full` preset: models of true size, real images, random weights."
 import functools
-from functools import partial
 import inspect
 import math
 import multiprocessing
@@ -193,13 +192,6 @@ def diffusion_training(run, evaluation, latents, labels):
                               latents.shape[1:], {})
     diffusion.trained_diffusion(run, store, evaluation.train.num_classes)
 
-def post_training(family, run, evaluation):
-    "Of a system whose parts have learned one step each."
-    diffusion.EMA = NoEMA
-    finished(run, evaluation)
-    system = post_train.trained_system(run, evaluation, family)
-    post_train.post_trained(run, evaluation, system, run.size['sigmas'][1])
-
 # What is true of them.
 
 # Stage: what runs, preset, changes, whether zero weights are woken, what it is given of other stages.
@@ -214,8 +206,6 @@ STAGES = {
     'coda-65536': (coda_training, 'full', {}, True, None),
     'coda-flux': (coda_training, 'full+coda-flux', {}, True, None),
     'masked': (masked_training, 'full', {}, True, lambda: [returned('coda-65536')[i] for i in (0, 2, 3)]),
-    'post-masked': (partial(post_training, 'masked'), 'full', {'masked_sampling.steps': 2}, True, None),
-    'post-diffusion': (partial(post_training, 'diffusion'), 'full', {'diffusion_sampling.steps': 2}, True, None),
     'diffusion': (diffusion_training, 'full', {}, True, lambda: returned('coda-65536')[1:3])}
 
 HEADS = r'adversary\.discriminator\.heads\..*'

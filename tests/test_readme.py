@@ -37,7 +37,7 @@ def test_numbers_are_those_of_the_files(name, seeds):
     table = read_table(name, 'laptop')
     record = table.attrs['record']
     assert record['commit'] and record['device'] and len(record.get('seeds', ())) >= seeds
-    assert f"commit `{record['commit'][:10]}`" in README or name == 'coda_codebook_size'
+    assert f"commit `{record['commit'][:10]}`" in README
     if name == 'robust_tokenizers': table = table[table.metric.isin(['rfid', 'pfid', 'gfid_guided'])]
     shown = dict(gfid=3, difference=3, psnr=2, ratio=3, time_ratio=2, memory_ratio=3, seconds_per_image=2, images_per_second=0)
     if name == 'data_speed': shown['ratio'] = 2
